@@ -1,0 +1,7 @@
+"""Text from files."""
+
+from dtrain import component
+
+
+class Options(component.Options):
+    """Text."""
