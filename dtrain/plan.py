@@ -1,0 +1,245 @@
+"""What is decided: from a job and a cluster to a `Plan` with nothing left open. Pure; needs neither torch nor ray.
+
+A plan is the one thing that crosses process boundaries. It is immutable and goes through JSON unchanged.
+"""
+
+import os
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field
+
+from dtrain import component
+from dtrain.component import Options
+from dtrain.errors import InputError
+from dtrain.machine import Machine, probe
+from dtrain.spec.cluster import ClusterSpec
+from dtrain.spec.job import Checkpoint, Evaluate, JobSpec, Optimizer, Retry, Schedule, Train
+
+if TYPE_CHECKING:
+    Model = Data = Strategy = Backend = Options
+else:
+    from dtrain.spec.cluster import Backend
+    from dtrain.spec.job import Data, Model, Strategy
+
+PLAN_FORMAT = 1
+ACTIVATION_SHARE = 0.25
+"""Share of a worker's memory that activations of one micro batch may fill; the rest is for weights and others."""
+MAX_MICRO_TOKENS_ON_CPU = 16_384
+
+
+class Workers(Options):
+    """Who computes."""
+
+    num_nodes: int
+    per_node: int
+    device: Literal["cpu", "cuda"]
+    collectives: Literal["gloo", "nccl"]
+    threads: int
+    """CPU threads of one worker."""
+
+    @property
+    def total(self) -> int:
+        return self.num_nodes * self.per_node
+
+
+class BatchArithmetic(Options):
+    """global_size = micro x accumulation x workers, always."""
+
+    global_size: int
+    micro: int
+    accumulation: int
+
+    def check(self, num_workers: int) -> None:
+        """Raises `InputError` when the arithmetic does not hold for `num_workers`; asked at every start."""
+        if self.micro * self.accumulation * num_workers != self.global_size:
+            raise InputError(
+                f"batch.global {self.global_size} is not micro {self.micro} x accumulation {self.accumulation}"
+                f" x {num_workers} workers; plan the job again for this many workers"
+            )
+
+
+class Arithmetic(Options):
+    """Sizes worth knowing before the first step."""
+
+    num_parameters: int
+    flops_per_step: int
+    tokens_per_step: int
+    """Zero where the data has no tokens."""
+
+
+class Plan(Options):
+    """One run, decided."""
+
+    format: Literal[1] = PLAN_FORMAT
+    name: str
+    cluster: str
+    backend: Backend
+    storage: str
+    """Absolute folder that holds the runs."""
+    model: Model
+    data: Data
+    strategy: Strategy
+    optimizer: Optimizer
+    schedule: Schedule
+    train: Train
+    evaluate: Evaluate
+    checkpoint: Checkpoint
+    retry: Retry
+    workers: Workers
+    batch: BatchArithmetic
+    arithmetic: Arithmetic
+    notes: tuple[str, ...] = Field(default=())
+    """What was left open in the files, what it was resolved to, and why."""
+    warnings: tuple[str, ...] = Field(default=())
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Plan":
+        return cls.model_validate_json(text)
+
+
+def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None) -> Plan:
+    """Decide everything a run needs.
+
+    `machine` is what one node of the cluster has; probed here when left out and the cluster leaves it open.
+    Raises `InputError` for what cannot work, naming the key and the nearest value that does.
+    """
+    machine = machine or probe()
+    notes: list[str] = []
+    warnings: list[str] = []
+    workers = _workers(job, cluster, machine, notes, warnings)
+    shape = component.load("data", job.data.name).describe(job.data)
+    size = component.load("models", job.model.name).describe(job.model, shape)
+    component.load("strategies", job.strategy.name).check(job.strategy, job, workers)
+    memory = cluster.memory_per_worker_gib or _memory_per_worker(machine, workers)
+    batch = _batch(job, workers, size.activation_bytes_per_sample, memory, shape.sequence_length, notes)
+    return Plan(
+        name=job.name,
+        cluster=cluster.name,
+        backend=cluster.backend,
+        storage=os.path.abspath(os.path.expanduser(cluster.storage)),
+        model=job.model,
+        data=job.data,
+        strategy=job.strategy,
+        optimizer=job.optimizer,
+        schedule=_schedule(job, notes),
+        train=job.train,
+        evaluate=_evaluate(job, notes),
+        checkpoint=_checkpoint(job, notes),
+        retry=job.retry,
+        workers=workers,
+        batch=batch,
+        arithmetic=Arithmetic(
+            num_parameters=size.num_parameters,
+            flops_per_step=size.flops_per_sample * batch.global_size,
+            tokens_per_step=shape.sequence_length * batch.global_size,
+        ),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+    )
+
+
+def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[str], warnings: list[str]) -> Workers:
+    has_gpus = bool(machine.gpus)
+    if cluster.device == "gpu" and not has_gpus and cluster.workers_per_node == "auto":
+        raise InputError(
+            f"cluster {cluster.name!r} asks for GPUs and this machine has none; set device: cpu, or workers_per_node"
+        )
+    on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and has_gpus)
+    if cluster.device == "auto":
+        found = f"{len(machine.gpus)} x {machine.gpus[0].name}" if has_gpus else "no GPU"
+        notes.append(f"device: {'GPUs' if on_gpu else 'CPUs'} (found {found}, {machine.num_cores} cores)")
+    available = len(machine.gpus) if on_gpu else machine.num_cores
+    per_node = cluster.workers_per_node
+    if per_node == "auto":
+        per_node = _largest_that_divides(job.batch.global_size, cluster.nodes, available)
+        what = "GPUs" if on_gpu else "cores"
+        reason = "" if per_node == available else f", the most that divide batch.global {job.batch.global_size}"
+        notes.append(f"workers_per_node: {per_node} ({available} {what}{reason})")
+    elif per_node > available and on_gpu and has_gpus:
+        raise InputError(
+            f"workers_per_node {per_node} is more than the {available} GPUs of this machine;"
+            f" one worker needs one GPU: at most {available}"
+        )
+    elif per_node > available and not on_gpu:
+        warnings.append(f"{per_node} workers share {available} cores: correct, but slower than {available} workers")
+    return Workers(
+        num_nodes=cluster.nodes,
+        per_node=per_node,
+        device="cuda" if on_gpu else "cpu",
+        collectives="nccl" if on_gpu else "gloo",
+        threads=max(1, machine.num_cores // per_node),
+    )
+
+
+def _largest_that_divides(global_size: int, num_nodes: int, available: int) -> int:
+    return next((n for n in range(available, 0, -1) if global_size % (n * num_nodes) == 0), 1)
+
+
+def _memory_per_worker(machine: Machine, workers: Workers) -> float:
+    if workers.device == "cuda" and machine.gpus:
+        return min(gpu.memory_gib for gpu in machine.gpus)
+    return machine.memory_gib / workers.per_node
+
+
+def _batch(
+    job: JobSpec, workers: Workers, activation_bytes: int, memory_gib: float, sequence_length: int, notes: list[str]
+) -> BatchArithmetic:
+    total, asked = workers.total, job.batch.global_size
+    if asked % total:
+        lower, upper = asked // total * total, (asked // total + 1) * total
+        nearest = upper if lower == 0 or upper - asked < asked - lower else lower
+        raise InputError(f"batch.global {asked} is not a multiple of {total} workers; nearest: {nearest}")
+    per_worker = asked // total
+    if job.batch.micro is not None:
+        micro = job.batch.micro
+        if per_worker % micro:
+            step = total * micro
+            lower, upper = asked // step * step, (asked // step + 1) * step
+            nearest = upper if lower == 0 or upper - asked < asked - lower else lower
+            raise InputError(
+                f"batch.global {asked} is not a multiple of {total} workers x micro {micro}; nearest: {nearest}"
+            )
+    else:
+        fit = max(1, int(ACTIVATION_SHARE * memory_gib * 2**30 / max(1, activation_bytes)))
+        reason = f"{activation_bytes / 2**20:.1f} MiB of activations a sample, {memory_gib:.0f} GiB a worker"
+        if workers.device == "cpu" and sequence_length:
+            in_cache = max(1, MAX_MICRO_TOKENS_ON_CPU // sequence_length)
+            if in_cache < fit:
+                fit, reason = in_cache, f"at most {MAX_MICRO_TOKENS_ON_CPU} tokens at a time on a CPU"
+        micro = max(n for n in range(1, per_worker + 1) if per_worker % n == 0 and n <= max(1, fit))
+        notes.append(f"batch.micro: {micro} ({reason})")
+    return BatchArithmetic(global_size=asked, micro=micro, accumulation=per_worker // micro)
+
+
+def _schedule(job: JobSpec, notes: list[str]) -> Schedule:
+    schedule, steps = job.schedule, job.train.steps
+    if schedule.warmup_steps >= steps and schedule.warmup_steps:
+        raise InputError(f"schedule.warmup_steps {schedule.warmup_steps} is not below train.steps {steps}")
+    if schedule.name != "wsd":
+        return schedule.model_copy(update={"decay_steps": None})
+    decay = schedule.decay_steps
+    if decay is None:
+        decay = max(1, min(steps // 5, steps - schedule.warmup_steps))
+        notes.append(f"schedule.decay_steps: {decay} (a fifth of {steps} steps)")
+    if schedule.warmup_steps + decay > steps:
+        raise InputError(
+            f"schedule.warmup_steps {schedule.warmup_steps} + decay_steps {decay} is more than train.steps {steps}"
+        )
+    return schedule.model_copy(update={"decay_steps": decay})
+
+
+def _evaluate(job: JobSpec, notes: list[str]) -> Evaluate:
+    if job.evaluate.every_steps is not None:
+        return job.evaluate
+    notes.append(f"evaluate.every_steps: {job.train.steps} (at the end only)")
+    return job.evaluate.model_copy(update={"every_steps": job.train.steps})
+
+
+def _checkpoint(job: JobSpec, notes: list[str]) -> Checkpoint:
+    if job.checkpoint.every_steps is not None:
+        return job.checkpoint
+    notes.append(f"checkpoint.every_steps: {job.train.steps} (at the end only)")
+    return job.checkpoint.model_copy(update={"every_steps": job.train.steps})

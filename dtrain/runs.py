@@ -1,0 +1,318 @@
+"""What happened: the run folder, its record, events and metrics, and the lease that gives it one owner.
+
+    runs/<run>/
+      job.yaml         what was asked          plan.json       what was decided
+      run.json         the record: state, cause, attempts, exit code; replaced whole, by the lease's owner only
+      events.jsonl     every change of state and its cause, one JSON object a line
+      metrics.jsonl    what training measured, one JSON object a line
+      logs/            driver.log, agent-0.log, rank-0.log, ...; survive everything
+      tensorboard/     event files
+      checkpoints/     step-00000100/, ...
+      lease            locked while a driver or its agent lives
+      stop             exists once somebody asked the run to stop
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from dtrain.component import Options, suggestion
+from dtrain.errors import InputError, StorageError
+from dtrain.plan import Plan
+
+ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
+State = Literal["queued", "starting", "running", "recovering", "stopping", "succeeded", "failed", "stopped", "lost"]
+ENDED: frozenset[str] = frozenset({"succeeded", "failed", "stopped", "lost"})
+
+
+class Attempt(Options):
+    """One try of a run: from the start of its workers to the first failure, or the end."""
+
+    number: int
+    started_at: float
+    from_step: int
+    """Steps already done when it began."""
+    source: str
+    """Where its state came from: `scratch`, `snapshot`, or the name of a checkpoint."""
+    ended_at: float | None = None
+    last_step: int | None = None
+    cause: str | None = None
+    """Why it ended, in one sentence; empty for the attempt that is running."""
+    failure: str | None = None
+    """Class of the failure (`killed`, `hung`, `exited`, `agent`, ...); empty for one that ended well."""
+
+
+class Record(Options):
+    """What a run says of itself. Times are seconds since 1970."""
+
+    id: str
+    name: str
+    state: State = "queued"
+    cause: str = ""
+    """Why it is in this state, in one sentence."""
+    error_kind: str | None = None
+    """`kind` of the `dtrain.errors` class that ended it."""
+    error: str | None = None
+    """The whole error text, the user's own traceback included."""
+    exit_code: int | None = None
+    created_at: float
+    started_at: float | None = None
+    """First time its workers started."""
+    ended_at: float | None = None
+    num_steps: int
+    num_workers: int
+    submissions: int = 1
+    """How often a driver was started for it."""
+    attempts: tuple[Attempt, ...] = ()
+    driver_pid: int | None = None
+    outcome: dict[str, Any] = {}
+    """What the run came to: final metrics, yardsticks, a sample."""
+
+    @property
+    def ended(self) -> bool:
+        return self.state in ENDED
+
+
+class Run:
+    """One run folder. Reading never locks; only the holder of the lease writes the record."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lease: int | None = None
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def id(self) -> str:
+        return self.path.name
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def plan(self) -> Plan:
+        return Plan.from_json((self.path / "plan.json").read_text())
+
+    # -- the record ----------------------------------------------------------------------------------
+
+    @property
+    def record(self) -> Record:
+        """The record as it stands; `lost` when it says the run is under way and nobody holds its lease."""
+        stored = self.stored_record()
+        if stored.state in ENDED or stored.driver_pid is None or self._lease is not None or self.is_owned():
+            return stored
+        stored = self.stored_record()  # its owner may have ended between the two looks
+        if stored.state in ENDED:
+            return stored
+        cause = f"the driver (pid {stored.driver_pid}) is gone; `dtrain resume {self.id}` goes on"
+        return stored.model_copy(update={"state": "lost", "cause": cause, "error_kind": "cluster", "exit_code": 5})
+
+    def stored_record(self) -> Record:
+        try:
+            return Record.model_validate_json((self.path / "run.json").read_text())
+        except (OSError, ValueError) as error:
+            raise StorageError(f"{self.path / 'run.json'} cannot be read: {error}") from None
+
+    def update(self, **changes: Any) -> Record:
+        """Change the record and note a change of state as an event."""
+        before = self.stored_record()
+        after = before.model_copy(update=changes)
+        self._write("run.json", after.model_dump_json(indent=2))
+        if after.state != before.state:
+            self.event("state", state=after.state, before=before.state, cause=after.cause)
+        return after
+
+    # -- events and metrics ----------------------------------------------------------------------------
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to events.jsonl; a full disk loses the line, never the run."""
+        _append(self.path / "events.jsonl", {"time": round(time.time(), 3), "event": kind, **fields})
+
+    def metric(self, **fields: Any) -> None:
+        """Append one line to metrics.jsonl; a full disk loses the line, never the run."""
+        _append(self.path / "metrics.jsonl", {"time": round(time.time(), 3), **fields})
+
+    def events(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "events.jsonl")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        return read_lines(self.path / "metrics.jsonl")
+
+    # -- stop ------------------------------------------------------------------------------------------
+
+    def request_stop(self, who: str) -> None:
+        """Ask whoever drives the run to stop it after a last checkpoint; asking twice is fine."""
+        self._write("stop", who)
+
+    @property
+    def stop_requested(self) -> str | None:
+        try:
+            return (self.path / "stop").read_text() or "a stop request"
+        except FileNotFoundError:
+            return None
+
+    def clear_stop(self) -> None:
+        (self.path / "stop").unlink(missing_ok=True)
+
+    # -- the lease ---------------------------------------------------------------------------------------
+
+    def acquire(self) -> int:
+        """Become the run's one owner until this process, and whoever inherits the descriptor, has ended.
+
+        Returns the descriptor to hand to the agent. Raises `StorageError` when somebody else owns the run.
+        """
+        descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            raise StorageError(f"run {self.id} is already being driven; `dtrain status {self.id}` shows it") from None
+        self._lease = descriptor
+        return descriptor
+
+    def is_owned(self) -> bool:
+        try:
+            descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(descriptor)
+        return False
+
+    def _write(self, name: str, text: str) -> None:
+        """Replace a small file whole: a reader sees the old text or the new, never half of one."""
+        temporary = self.path / f".{name}.{os.getpid()}"
+        try:
+            with open(temporary, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, self.path / name)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise StorageError(f"{self.path / name} cannot be written: {error.strerror}") from error
+
+
+def create(plan: Plan, job_text: str) -> Run:
+    """Make the folder of a new run under the plan's storage. Raises `StorageError` when that cannot be written."""
+    storage = Path(plan.storage)
+    try:
+        storage.mkdir(parents=True, exist_ok=True)
+        for _ in range(100):
+            suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(4))
+            run = Run(storage / f"{plan.name}-{suffix}")
+            with contextlib.suppress(FileExistsError):
+                run.path.mkdir()
+                break
+        else:
+            raise StorageError(f"{storage}: no free name for a run of {plan.name!r} in 100 tries")
+        for folder in (run.logs, run.checkpoints, run.tensorboard):
+            folder.mkdir()
+        (run.path / "job.yaml").write_text(job_text)
+        (run.path / "plan.json").write_text(plan.to_json())
+    except OSError as error:
+        raise StorageError(
+            f"{storage}: the run folder cannot be written ({error.strerror});"
+            " choose another place with --set cluster.storage=FOLDER"
+        ) from error
+    record = Record(
+        id=run.id,
+        name=plan.name,
+        created_at=time.time(),
+        num_steps=plan.train.steps,
+        num_workers=plan.workers.total,
+        cause="submitted",
+    )
+    run._write("run.json", record.model_dump_json(indent=2))
+    run.event("state", state="queued", before=None, cause="submitted")
+    return run
+
+
+def list_runs(storage: Path) -> list[Run]:
+    """All runs under `storage`, the oldest first."""
+    if not storage.is_dir():
+        return []
+    found = [Run(p) for p in storage.iterdir() if (p / "run.json").is_file()]
+    return sorted(found, key=lambda run: (run.stored_record().created_at, run.id))
+
+
+def find(storage: Path, word: str | None) -> Run:
+    """The run that `word` means: a folder, a whole id, or the start of an id or of its last part; the latest for None.
+
+    Raises `InputError` when there is none, or more than one.
+    """
+    if word and (Path(word) / "run.json").is_file():
+        return Run(Path(word).resolve())
+    runs = list_runs(storage)
+    if not runs:
+        raise InputError(f"{storage}: there are no runs here yet; `dtrain submit JOB` makes one")
+    if word is None:
+        return runs[-1]
+    exact = [r for r in runs if r.id == word]
+    matches = exact or [r for r in runs if r.id.startswith(word) or r.id.rsplit("-", 1)[-1].startswith(word)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        raise InputError(f"{word!r} could be {', '.join(r.id for r in matches)}; type a little more")
+    raise InputError(f"{storage}: no run is called {word!r}{suggestion(word, [r.id for r in runs])}")
+
+
+def delete(run: Run) -> None:
+    """Remove a run's folder. Raises `StorageError` while somebody owns it."""
+    run.acquire()
+    shutil.rmtree(run.path)
+
+
+def read_lines(path: Path, offset: int = 0) -> list[dict[str, Any]]:
+    """The JSON objects of a .jsonl file from byte `offset`; a torn last line (a writer killed in it) is left out."""
+    return [value for _, value in iterate_lines(path, offset)]
+
+
+def iterate_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(byte offset behind the line, object) for each whole line from `offset`; lines torn by a crash are passed over."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError:
+        return
+    with file:
+        file.seek(offset)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            with contextlib.suppress(ValueError):
+                value = json.loads(line)
+                if isinstance(value, dict):
+                    yield offset, value
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    line = (json.dumps(value, default=str) + "\n").encode()
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            os.write(descriptor, line)
+        finally:
+            os.close(descriptor)
