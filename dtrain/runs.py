@@ -24,12 +24,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.component import Options, suggestion
-from dtrain.errors import InputError, StorageError
+from dtrain.errors import DtrainError, InputError, StorageError
 from dtrain.plan import Plan
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
 State = Literal["queued", "starting", "running", "recovering", "stopping", "succeeded", "failed", "stopped", "lost"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "stopped", "lost"})
+LEASE_PATIENCE_S = 1.0
+"""Longest wait for a lease: whoever asks if a run is owned holds it for an instant."""
 
 
 class Attempt(Options):
@@ -171,6 +173,52 @@ class Run:
     def clear_stop(self) -> None:
         (self.path / "stop").unlink(missing_ok=True)
 
+    # -- between drivers ---------------------------------------------------------------------------------
+
+    def requeue(self, cause: str) -> None:
+        """Make a run that has ended ready for another driver.
+
+        Raises `InputError` when it succeeded or is still under way, `StorageError` when somebody took it meanwhile.
+        """
+        state = self.record.state
+        if state == "succeeded":
+            raise InputError(f"run {self.id} has succeeded, nothing is left to do; `dtrain submit` starts a new one")
+        if state not in ENDED:
+            raise InputError(f"run {self.id} is {state}; `dtrain status {self.id} -f` shows it, `dtrain stop` ends it")
+        with self.owned():
+            self.clear_stop()
+            self.update(
+                state="queued",
+                cause=cause,
+                error_kind=None,
+                error=None,
+                exit_code=None,
+                ended_at=None,
+                driver_pid=None,
+                outcome={},
+                submissions=self.stored_record().submissions + 1,
+            )
+
+    def end_undriven(self, state: State, cause: str, error: DtrainError) -> bool:
+        """End a run that no driver has taken up; False when one has, and the run is that driver's to end."""
+        if self.stored_record().state != "queued":
+            return False
+        try:
+            with self.owned():
+                if self.stored_record().state != "queued":
+                    return False
+                self.update(
+                    state=state,
+                    cause=cause,
+                    error_kind=error.kind,
+                    error=error.message,
+                    exit_code=error.exit_code,
+                    ended_at=time.time(),
+                )
+                return True
+        except StorageError:
+            return False
+
     # -- the lease ---------------------------------------------------------------------------------------
 
     def acquire(self) -> int:
@@ -179,13 +227,34 @@ class Run:
         Returns the descriptor to hand to the agent. Raises `StorageError` when somebody else owns the run.
         """
         descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        deadline = time.monotonic() + LEASE_PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() < deadline:
+                    time.sleep(0.01)
+                    continue
+                os.close(descriptor)
+                message = f"run {self.id} is already being driven; `dtrain status {self.id}` shows it"
+                raise StorageError(message) from None
+            self._lease = descriptor
+            return descriptor
+
+    def release(self) -> None:
+        """Give the lease up; whoever inherited the descriptor keeps it."""
+        if self._lease is not None:
+            os.close(self._lease)
+            self._lease = None
+
+    @contextlib.contextmanager
+    def owned(self) -> Iterator[None]:
+        """Own the run for as long as the block lasts. Raises `StorageError` when somebody else owns it."""
+        self.acquire()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(descriptor)
-            raise StorageError(f"run {self.id} is already being driven; `dtrain status {self.id}` shows it") from None
-        self._lease = descriptor
-        return descriptor
+            yield
+        finally:
+            self.release()
 
     def is_owned(self) -> bool:
         try:
@@ -215,28 +284,19 @@ class Run:
             raise StorageError(f"{self.path / name} cannot be written: {error.strerror}") from error
 
 
-def create(plan: Plan, job_text: str) -> Run:
+def new_name(plan: Plan) -> str:
+    """A name for a run of this plan that no run under its storage has at the moment."""
+    for _ in range(100):
+        name = f"{plan.name}-{''.join(secrets.choice(ID_ALPHABET) for _ in range(4))}"
+        if not (Path(plan.storage) / name).exists():
+            return name
+    raise StorageError(f"{plan.storage}: no free name for a run of {plan.name!r} in 100 tries")
+
+
+def create(plan: Plan, job_text: str, name: str | None = None) -> Run:
     """Make the folder of a new run under the plan's storage. Raises `StorageError` when that cannot be written."""
     storage = Path(plan.storage)
-    try:
-        storage.mkdir(parents=True, exist_ok=True)
-        for _ in range(100):
-            suffix = "".join(secrets.choice(ID_ALPHABET) for _ in range(4))
-            run = Run(storage / f"{plan.name}-{suffix}")
-            with contextlib.suppress(FileExistsError):
-                run.path.mkdir()
-                break
-        else:
-            raise StorageError(f"{storage}: no free name for a run of {plan.name!r} in 100 tries")
-        for folder in (run.logs, run.checkpoints, run.tensorboard):
-            folder.mkdir()
-        (run.path / "job.yaml").write_text(job_text)
-        (run.path / "plan.json").write_text(plan.to_json())
-    except OSError as error:
-        raise StorageError(
-            f"{storage}: the run folder cannot be written ({error.strerror});"
-            " choose another place with --set cluster.storage=FOLDER"
-        ) from error
+    run = Run(storage / (name or new_name(plan)))
     record = Record(
         id=run.id,
         name=plan.name,
@@ -245,17 +305,38 @@ def create(plan: Plan, job_text: str) -> Run:
         num_workers=plan.workers.total,
         cause="submitted",
     )
-    run._write("run.json", record.model_dump_json(indent=2))
+    try:
+        run.path.mkdir(parents=True)
+        for folder in (run.logs, run.checkpoints, run.tensorboard):
+            folder.mkdir()
+        run._write("job.yaml", job_text)
+        run._write("plan.json", plan.to_json())
+        run._write("run.json", record.model_dump_json(indent=2))
+    except (OSError, StorageError) as error:
+        if not isinstance(error, FileExistsError):
+            shutil.rmtree(run.path, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) else error.message
+        raise StorageError(
+            f"{storage}: the run folder cannot be written ({reason});"
+            " choose another place with --set cluster.storage=FOLDER"
+        ) from error
     run.event("state", state="queued", before=None, cause="submitted")
     return run
 
 
 def list_runs(storage: Path) -> list[Run]:
-    """All runs under `storage`, the oldest first."""
+    """All runs under `storage`, the oldest first; those whose record cannot be read before all others."""
     if not storage.is_dir():
         return []
     found = [Run(p) for p in storage.iterdir() if (p / "run.json").is_file()]
-    return sorted(found, key=lambda run: (run.stored_record().created_at, run.id))
+    return sorted(found, key=lambda run: (_created_at(run), run.id))
+
+
+def _created_at(run: Run) -> float:
+    try:
+        return run.stored_record().created_at
+    except StorageError:
+        return 0.0
 
 
 def find(storage: Path, word: str | None) -> Run:
@@ -306,6 +387,15 @@ def iterate_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, 
                 value = json.loads(line)
                 if isinstance(value, dict):
                     yield offset, value
+
+
+def last_lines(path: Path, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
+    """The JSON objects in the last `max_bytes` of a .jsonl file, however long it is."""
+    try:
+        size = path.stat().st_size
+    except OSError:
+        return []
+    return read_lines(path, max(0, size - max_bytes))
 
 
 def _append(path: Path, value: dict[str, Any]) -> None:
