@@ -1,0 +1,1 @@
+"""What survives: snapshots in shared memory, checkpoints on storage, and the rules of what is kept and trusted."""

@@ -1,0 +1,184 @@
+"""Checkpoints on storage: written whole or not at all, and trusted only after every byte was checked.
+
+    step-00000100/
+      .metadata, *.distcp   torch's distributed checkpoint (DCP): any torch tool reads it
+      manifest.json         step, metrics, size and SHA-256 of every file
+      COMMITTED             SHA-256 of the manifest; written last: without it the checkpoint does not exist
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+from dtrain.checkpoint.retention import Candidate, surplus
+from dtrain.errors import StorageError
+from dtrain.spec.job import Keep
+
+MARKER, MANIFEST = "COMMITTED", "manifest.json"
+NAME = re.compile(r"step-(\d{8,})$")
+BLOCK = 1 << 20
+
+
+def path_of(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:08d}"
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of all checkpoints that are committed, ascending; their bytes are not checked."""
+    if not folder.is_dir():
+        return []
+    found = ((NAME.match(p.name), p) for p in folder.iterdir())
+    return sorted(int(match[1]) for match, p in found if match and (p / MARKER).is_file())
+
+
+def write(
+    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], num_files: int = 2
+) -> int:
+    """Write and commit one checkpoint; returns its size in bytes.
+
+    `tensors` are read in place. Raises `StorageError` when storage refuses; what was begun is then removed, and no
+    other checkpoint is touched.
+    """
+    path = path_of(folder, step)
+    try:
+        if path.exists():
+            _remove(path)  # a checkpoint of the same step that was never committed, or of an abandoned line
+        path.mkdir(parents=True)
+        writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=num_files)
+        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(path.iterdir())}
+        manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
+        _write_durably(path / MANIFEST, manifest)
+        _sync_folder(path)
+        _write_durably(path / MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        _sync_folder(path)
+        _sync_folder(folder)
+    except Exception as error:  # DCP wraps what storage says in exceptions of its own
+        with contextlib.suppress(OSError):
+            _remove(path)
+        cause = _root(error)
+        if isinstance(cause, OSError):
+            raise StorageError(f"{path}: {cause.strerror or cause}") from error
+        raise StorageError(f"{path}: {type(cause).__name__}: {cause}") from error
+    return sum(int(f["bytes"]) for f in files.values())
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a committed checkpoint. Raises `StorageError` when it is not committed or not whole."""
+    try:
+        marker = (path / MARKER).read_text()
+    except OSError:
+        raise StorageError(f"{path.name}: no {MARKER} marker: it was never finished") from None
+    try:
+        manifest = (path / MANIFEST).read_bytes()
+    except OSError as error:
+        raise StorageError(f"{path.name}: {MANIFEST} cannot be read ({error.strerror})") from None
+    if hashlib.sha256(manifest).hexdigest() != marker.strip():
+        raise StorageError(f"{path.name}: {MANIFEST} is not the one that was committed")
+    return dict(json.loads(manifest))
+
+
+def verify(path: Path) -> dict[str, Any]:
+    """Check every byte of a checkpoint and return its manifest. Raises `StorageError` naming what is wrong."""
+    manifest = read_manifest(path)
+    for name, facts in manifest["files"].items():
+        file = path / name
+        if not file.is_file():
+            raise StorageError(f"{path.name}: {name} is missing")
+        size = file.stat().st_size
+        if size != facts["bytes"]:
+            raise StorageError(f"{path.name}: {name} has {size} bytes instead of {facts['bytes']}")
+        if _sha256(file) != facts["sha256"]:
+            raise StorageError(f"{path.name}: {name} has changed since it was written (SHA-256 differs)")
+    return manifest
+
+
+def newest_valid(folder: Path, rejected: Callable[[str], None]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint whose every byte is as it was written, with its manifest; None when there is none.
+
+    `rejected` is told, in a sentence, of each newer one that is passed over and why.
+    """
+    if not folder.is_dir():
+        return None
+    found = sorted((p for p in folder.iterdir() if NAME.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True)
+    for path in found:
+        try:
+            return path, verify(path)
+        except StorageError as error:
+            rejected(f"checkpoint {error.message}; going back to the one before")
+        except OSError as error:
+            rejected(f"checkpoint {path.name}: {error.strerror}; going back to the one before")
+    return None
+
+
+def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Load a checkpoint into live tensors, in place. Raises `StorageError` when it does not fit them."""
+    try:
+        dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, storage_reader=FileSystemReader(path), no_dist=True)
+    except Exception as error:
+        cause = _root(error)
+        raise StorageError(f"{path.name} cannot be loaded: {type(cause).__name__}: {cause}") from error
+
+
+def prune(folder: Path, keep: Keep) -> list[int]:
+    """Delete what the retention rule lets go; returns the steps deleted."""
+    candidates = []
+    for step in steps(folder):
+        with contextlib.suppress(StorageError):
+            metrics = read_manifest(path_of(folder, step)).get("metrics") or {}
+            candidates.append(Candidate(step, metrics.get("loss")))
+    gone = surplus(candidates, keep)
+    for step in gone:
+        with contextlib.suppress(OSError):
+            _remove(path_of(folder, step))
+    return gone
+
+
+def _remove(path: Path) -> None:
+    # The marker goes first: a crash in between leaves a checkpoint that does not exist, not one with holes.
+    (path / MARKER).unlink(missing_ok=True)
+    shutil.rmtree(path)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_durably(path: Path, data: bytes) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _root(error: BaseException) -> BaseException:
+    """The failure inside DCP's wrapper and inside chained exceptions."""
+    failures = getattr(error, "failures", None)
+    if failures:
+        return _root(next(iter(failures.values()))[0])
+    for nested in (error.__cause__, error.__context__):
+        if isinstance(nested, OSError):
+            return nested
+    return error

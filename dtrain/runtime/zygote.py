@@ -1,0 +1,385 @@
+"""The process that every rank is forked from: torch imported once a node, no thread, no CUDA context.
+
+A fork of it is ready in milliseconds where a new interpreter needs seconds to import torch. It stays on the node
+between runs and ends with the process it was told to outlive no longer than (`until`), or when asked.
+
+    client                             zygote
+    fork(entry, args, descriptors) ->  fork; the child calls entry(args, descriptors)
+                                   <-  {"pid": ...}
+                                   <-  {"exited": pid, "status": ...}   when it has ended
+    (client gone)                      its children are killed, except those forked with `outlive=True`
+
+Linux only: SOCK_SEQPACKET keeps messages whole, pidfd and PDEATHSIG leave no orphan behind.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import glob
+import hashlib
+import importlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.errors import ClusterError
+
+PRELOAD = (
+    "torch",
+    "torch._dynamo",
+    "torch.distributed",
+    "torch.distributed.checkpoint",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.nn.parallel",
+    "torch.optim",
+    "torch.utils.tensorboard",
+    "dtrain.runtime.rank",
+    "dtrain.runtime.agent",
+    "dtrain.checkpoint.writer",
+    "dtrain.models.networks",
+)
+"""Imported before the first fork. Without torch._dynamo the first optimizer step of every rank would import it."""
+
+MAX_MESSAGE = 256 * 1024
+MAX_DESCRIPTORS = 8
+START_TIMEOUT_S = 120.0
+PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
+
+
+def fingerprint() -> str:
+    """Changes with the interpreter and with dtrain's own code: a zygote of older code is never used."""
+    root = Path(__file__).resolve().parent.parent
+    digest = hashlib.sha256(sys.executable.encode())
+    for path in sorted(root.rglob("*.py")):
+        stat = path.stat()
+        digest.update(f"{path}:{stat.st_mtime_ns}:{stat.st_size}".encode())
+    return digest.hexdigest()[:12]
+
+
+def socket_path(folder: Path) -> Path:
+    return folder / f"zygote-{fingerprint()}.sock"
+
+
+# -- the client's side ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class Child:
+    """A process forked by the zygote; `pidfd` turns readable the moment it ends."""
+
+    pid: int
+    pidfd: int
+    status: int | None = None
+    """Exit status as `os.waitstatus_to_exitcode` gives it: negative for a signal."""
+
+    def kill(self, signum: int = signal.SIGKILL) -> None:
+        with contextlib.suppress(ProcessLookupError, OSError):
+            signal.pidfd_send_signal(self.pidfd, signum)
+
+    @property
+    def is_alive(self) -> bool:
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+
+class Zygote:
+    """A connection to the node's zygote. Not shared between threads."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        self._statuses: dict[int, int] = {}
+
+    @classmethod
+    def connect(cls, folder: Path, until: int, timeout_s: float = START_TIMEOUT_S) -> "Zygote":
+        """Connect to the zygote that serves from `folder`; start it first where there is none.
+
+        `until` is the process it must not outlive. Raises `ClusterError` when it does not come up.
+        """
+        path = socket_path(folder)
+        deadline = time.monotonic() + timeout_s
+        process = None
+        while True:
+            connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            try:
+                connection.connect(str(path))
+                return cls(connection)
+            except OSError:
+                connection.close()
+            if process is None:
+                process = start(folder, until)
+            elif process.poll() not in (None, 0):
+                raise ClusterError(f"the zygote ended with {process.returncode}; see {folder / 'zygote.log'}")
+            if time.monotonic() > deadline:
+                raise ClusterError(f"the zygote did not come up in {timeout_s:.0f} s; see {folder / 'zygote.log'}")
+            time.sleep(0.01)
+
+    def fork(
+        self,
+        entry: str,
+        args: Mapping[str, Any],
+        descriptors: Sequence[int],
+        log: int,
+        name: str,
+        *,
+        outlive: bool = False,
+        cleanup: str = "",
+        nice: int = 0,
+    ) -> Child:
+        """Fork a child that runs `entry` ("module:function") as `function(args, descriptors)`.
+
+        Its output goes to the descriptor `log`. `outlive` lets it live on when this connection ends; the files that
+        match the pattern `cleanup` are then removed after it. Raises `ClusterError` when the zygote is gone.
+        """
+        request = {
+            "entry": entry,
+            "args": dict(args),
+            "name": name,
+            "outlive": outlive,
+            "cleanup": cleanup,
+            "nice": nice,
+        }
+        try:
+            socket.send_fds(self._socket, [json.dumps(request).encode()], [log, *descriptors])
+            while True:
+                reply = self._receive()
+                if "pid" in reply:
+                    break
+            return Child(reply["pid"], os.pidfd_open(reply["pid"]))
+        except OSError as error:
+            raise ClusterError(f"the zygote is gone ({error.strerror or error})") from None
+
+    def wait(self, child: Child, timeout_s: float) -> int | None:
+        """The child's exit status, or None when it is still alive after `timeout_s`."""
+        deadline = time.monotonic() + timeout_s
+        while child.status is None:
+            child.status = self._statuses.pop(child.pid, None)
+            if child.status is not None:
+                break
+            ready, _, _ = select.select([self._socket], [], [], max(0.0, deadline - time.monotonic()))
+            if not ready:
+                return None
+            try:
+                self._receive()
+            except OSError:
+                child.status = -signal.SIGKILL  # the zygote is gone, and its children with it
+        return child.status
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _receive(self) -> dict[str, Any]:
+        data = self._socket.recv(MAX_MESSAGE)
+        if not data:
+            raise ConnectionResetError("the zygote closed the connection")
+        message: dict[str, Any] = json.loads(data)
+        if "exited" in message:
+            self._statuses[message["exited"]] = message["status"]
+        return message
+
+
+def start(folder: Path, until: int) -> subprocess.Popen[bytes]:
+    """Start a zygote that serves from `folder`, detached from this process; a second one ends by itself."""
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(folder / "zygote.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "dtrain.runtime.zygote", str(folder), "--until", str(until)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+# -- the zygote itself ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Session:
+    connection: socket.socket
+    children: set[int] = field(default_factory=set)
+
+
+@dataclass
+class _Forked:
+    session: _Session | None
+    outlive: bool
+    cleanup: str
+
+
+class Server:
+    """The zygote's loop: accept, fork, reap."""
+
+    def __init__(self, listener: socket.socket, until: int) -> None:
+        self._listener = listener
+        self._sessions: dict[int, _Session] = {}
+        self._forked: dict[int, _Forked] = {}
+        self._poll = select.poll()
+        self._poll.register(listener, select.POLLIN)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        self._poll.register(self._wake_read, select.POLLIN)
+        self._until = os.pidfd_open(until) if until else -1
+        if until:
+            self._poll.register(self._until, select.POLLIN)
+
+    def serve(self) -> None:
+        while True:
+            for descriptor, _ in self._poll.poll():
+                if descriptor == self._listener.fileno():
+                    connection, _address = self._listener.accept()
+                    self._sessions[connection.fileno()] = _Session(connection)
+                    self._poll.register(connection, select.POLLIN)
+                elif descriptor == self._wake_read:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._wake_read, 4096)
+                    self._reap()
+                elif descriptor == self._until:
+                    return
+                elif descriptor in self._sessions:
+                    self._serve_session(self._sessions[descriptor])
+
+    def end_children(self) -> None:
+        for pid in list(self._forked):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _serve_session(self, session: _Session) -> None:
+        try:
+            data, descriptors, _, _ = socket.recv_fds(session.connection, MAX_MESSAGE, MAX_DESCRIPTORS)
+        except OSError:
+            data, descriptors = b"", []
+        if not data:
+            self._end_session(session)
+            return
+        request = json.loads(data)
+        pid = os.fork()
+        if pid == 0:
+            self._become(request, descriptors)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        self._forked[pid] = _Forked(session, request["outlive"], request["cleanup"])
+        session.children.add(pid)
+        self._tell(session, {"pid": pid})
+
+    def _become(self, request: dict[str, Any], descriptors: list[int]) -> None:
+        """In the child: leave everything of the zygote behind and run the entry. Never returns."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            libc = ctypes.CDLL(None)
+            libc.prctl(PR_SET_NAME, request["name"].encode()[:15], 0, 0, 0)
+            if not request["outlive"]:
+                libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            self._listener.close()
+            for session in self._sessions.values():
+                session.connection.close()
+            os.close(self._wake_read)
+            os.close(self._wake_write)
+            log, *rest = descriptors
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            os.close(log)
+            if request["nice"]:
+                os.nice(request["nice"])
+            module, _, function = request["entry"].partition(":")
+            code = getattr(importlib.import_module(module), function)(request["args"], rest) or 0
+        except SystemExit as leave:
+            code = leave.code if isinstance(leave.code, int) else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            with contextlib.suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _end_session(self, session: _Session) -> None:
+        self._poll.unregister(session.connection)
+        del self._sessions[session.connection.fileno()]
+        session.connection.close()
+        for pid in session.children:
+            forked = self._forked.get(pid)
+            if forked is None:
+                continue
+            forked.session = None
+            if not forked.outlive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if pid == 0:
+                return
+            forked = self._forked.pop(pid, None)
+            if forked is None:
+                continue
+            if forked.session is not None:
+                forked.session.children.discard(pid)
+                self._tell(forked.session, {"exited": pid, "status": os.waitstatus_to_exitcode(status)})
+            elif forked.cleanup:
+                # Nobody is left who could want them: whoever asked for the child has gone before it.
+                for path in glob.glob(forked.cleanup):
+                    with contextlib.suppress(OSError):
+                        os.unlink(path)
+
+    def _tell(self, session: _Session, message: dict[str, Any]) -> None:
+        with contextlib.suppress(OSError):
+            session.connection.send(json.dumps(message).encode())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve forks of a process that has torch imported.")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--until", type=int, default=0)
+    arguments = parser.parse_args()
+    path = socket_path(arguments.folder)
+    lock = os.open(arguments.folder / f"{path.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    import fcntl
+
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return  # another one serves, or is about to
+    (arguments.folder / "zygote.pid").write_text(str(os.getpid()))
+    for name in PRELOAD:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # children never walk, and so never copy, what was imported here
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind(str(path))
+    listener.listen(64)
+    try:
+        server = Server(listener, arguments.until)
+    except ProcessLookupError:
+        path.unlink(missing_ok=True)
+        return
+    try:
+        server.serve()
+    finally:
+        server.end_children()
+        path.unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    # Forked children pickle and import by module name: this module must be itself, not __main__.
+    from dtrain.runtime import zygote
+
+    zygote.main()
