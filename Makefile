@@ -1,0 +1,38 @@
+# make run    train jobs/gpt_small.yaml on this machine, from nothing but Python and a C compiler
+# make test   the same set-up, then the tests
+# make check  lint, format, types, layers
+# make bench  speed and memory against the stated targets
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: run test check bench install clean
+
+run: $(STAMP)
+	$(BIN)/dtrain submit jobs/gpt_small.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.benchmarks
+
+install: $(STAMP)
+
+# The stamp is written last: an installation that was interrupted is done again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "dtrain needs Python 3.11 or newer: make PYTHON=python3.12")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[all,dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build dist dtrain.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find dtrain tests -name __pycache__ -type d -exec rm -rf {} +
