@@ -6,15 +6,20 @@ class named `Options` and imports torch or ray inside functions only, so that re
 
 import difflib
 import importlib
-import pkgutil
+import inspect
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from dtrain.errors import InputError
+
+DECLARES_OPTIONS = re.compile(r"^class Options\b", re.MULTILINE)
 
 
 class Options(BaseModel):
@@ -31,10 +36,28 @@ class Options(BaseModel):
     )
 
 
-def names(folder: str) -> list[str]:
-    """Names of the components in `dtrain/<folder>/`, sorted: every module there that is not private."""
-    package = importlib.import_module(f"dtrain.{folder}")
-    return sorted(m.name for m in pkgutil.iter_modules(package.__path__) if not m.ispkg and _is_component(folder, m.name))
+class Named(Options):
+    """What a type checker knows of a chosen component: it has a name, and options of its own."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Says:
+    """Beside a type in `Annotated`: how a message and the reference say what is expected, e.g. `a name of ...`."""
+
+    phrase: str
+
+
+@cache
+def names(folder: str) -> tuple[str, ...]:
+    """Names of the components in `dtrain/<folder>/`, sorted: every file there that declares a class `Options`.
+
+    The files are read, not imported: the helpers beside components may need torch, and may import this module.
+    """
+    paths = importlib.import_module(f"dtrain.{folder}").__path__
+    files = [file for path in paths for file in Path(path).glob("[a-z]*.py")]
+    return tuple(sorted(file.stem for file in files if DECLARES_OPTIONS.search(file.read_text(encoding="utf-8"))))
 
 
 def load(folder: str, name: str) -> ModuleType:
@@ -63,15 +86,13 @@ def union(folder: str) -> Any:
     members = [with_name(name, load(folder, name).Options) for name in names(folder)]
     if len(members) == 1:
         return members[0]
-    return Annotated[Union[tuple(members)], Field(discriminator="name")]
+    return Annotated[Union[tuple(members)], Field(discriminator="name")]  # noqa: UP007 -- made at run time
 
 
 @cache
 def with_name(name: str, options: type[Options]) -> type[Options]:
     """`options` with the field `name: Literal[name]` that a file writes beside them."""
-    return create_model(name, __base__=options, __doc__=options.__doc__, name=(Literal[name], name))
-
-
-@cache
-def _is_component(folder: str, name: str) -> bool:
-    return not name.startswith("_") and hasattr(importlib.import_module(f"dtrain.{folder}.{name}"), "Options")
+    doc = inspect.cleandoc(options.__doc__ or name)
+    field: Any = (Literal[name], Field(default=name, description=doc.partition("\n")[0]))
+    # Two folders may hold the same name: in a schema they are told apart by module.
+    return create_model(name, __base__=options, __doc__=doc, __module__=options.__module__, name=field)

@@ -9,7 +9,7 @@ from dtrain.component import Options
 from dtrain.spec.job import Name
 
 if TYPE_CHECKING:
-    Backend = Options
+    from dtrain.component import Named as Backend
 else:
     Backend = component.union("backends")
 

@@ -1,30 +1,42 @@
 """What is asked: the words of a job file, their types and their help. Depends on the file alone."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field
 
 from dtrain import component
-from dtrain.component import Options
+from dtrain.component import Options, Says
 
 if TYPE_CHECKING:
-    Model = Data = Strategy = Options
+    from dtrain.component import Named as Data
+    from dtrain.component import Named as Model
+    from dtrain.component import Named as Strategy
 else:
     Model = component.union("models")
     Data = component.union("data")
     Strategy = component.union("strategies")
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$")]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[
+    str,
+    Field(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"),
+    Says("at most 40 of a-z, 0-9, - and _, beginning and ending with a letter or digit"),
+]
 MAX_STEPS = 10**9
+NumSteps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
+NumTimes = Annotated[int, Field(ge=0, le=10**6)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1000)]
+Penalty = Annotated[float, Field(ge=0, le=1000)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class Batch(Options):
     """How many samples one optimizer step sees, over all workers together."""
 
-    global_size: PositiveInt = Field(alias="global", le=2**24)
+    global_size: Annotated[int, Field(gt=0, le=2**24)] = Field(alias="global")
     """Samples in one optimizer step, whatever the number of workers; the only batch size you must give."""
-    micro: PositiveInt | None = None
+    micro: Annotated[int, Field(gt=0, le=2**24)] | None = None
     """Samples one worker puts through the model at a time; derived from memory when left out."""
 
 
@@ -32,13 +44,13 @@ class AdamW(Options):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019); fused where torch has it."""
 
     name: Literal["adamw"]
-    lr: PositiveFloat
+    lr: Rate
     """Peak learning rate."""
-    betas: tuple[Annotated[float, Field(ge=0.0, lt=1.0)], Annotated[float, Field(ge=0.0, lt=1.0)]] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay of the running mean of gradients and of their squares."""
-    eps: PositiveFloat = 1e-8
+    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
     """Added to the denominator so that it is never zero."""
-    weight_decay: NonNegativeFloat = 0.1
+    weight_decay: Penalty = 0.1
     """Decay of matrices; vectors (biases, norms) are never decayed."""
 
 
@@ -46,13 +58,13 @@ class SGD(Options):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"]
-    lr: PositiveFloat
+    lr: Rate
     """Peak learning rate."""
-    momentum: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    momentum: BelowOne = 0.9
     """Share of the last update carried into the next."""
     nesterov: bool = False
     """Look ahead along the momentum before taking the gradient."""
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: Penalty = 0.0
     """L2 penalty on matrices; vectors (biases, norms) are never decayed."""
 
 
@@ -64,9 +76,9 @@ class Schedule(Options):
 
     name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Shape after warm-up; `wsd` is warm-up, stable, decay."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
     """Steps over which the rate rises in a line from zero to its peak."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: NumSteps | None = None
     """Steps of the final decay of `wsd`; a fifth of all steps when left out."""
     final: Fraction = 0.1
     """Share of the peak that is left at the last step."""
@@ -75,46 +87,46 @@ class Schedule(Options):
 class Train(Options):
     """The training loop."""
 
-    steps: PositiveInt = Field(le=MAX_STEPS)
+    steps: NumSteps
     """Optimizer steps in the whole run."""
-    seed: NonNegativeInt = Field(default=0, lt=2**63)
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random number: weights, sample order, dropout."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Number format of the forward and backward pass; weights and optimizer state stay fp32."""
-    clip_grad_norm: PositiveFloat | None = 1.0
+    clip_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = 1.0
     """Largest norm of all gradients together; `null` turns clipping off."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """Recompute activations in the backward pass to save memory: not at all, or per block."""
-    log_every_steps: PositiveInt = 10
+    log_every_steps: NumSteps = 10
     """Steps between two lines of metrics."""
 
 
 class Evaluate(Options):
     """Measuring on held-out data."""
 
-    every_steps: PositiveInt | None = 100
+    every_steps: NumSteps | None = 100
     """Steps between two evaluations; `null` evaluates at the end only."""
-    samples: PositiveInt = 64
+    samples: Annotated[int, Field(gt=0, le=2**40)] = 64
     """Held-out samples of an evaluation during training; the one at the end uses all of them."""
 
 
 class Keep(Options):
     """Which checkpoints stay on storage."""
 
-    last: PositiveInt = 2
+    last: Annotated[int, Field(gt=0, le=10**6)] = 2
     """How many of the newest checkpoints stay."""
-    best: NonNegativeInt = 1
+    best: NumTimes = 1
     """How many of those with the lowest held-out loss stay as well."""
 
 
 class Checkpoint(Options):
     """What survives, and how often it is put aside."""
 
-    every_steps: PositiveInt | None = 100
+    every_steps: NumSteps | None = 100
     """Steps between two checkpoints on storage; `null` writes only the last one."""
-    snapshot_every_steps: PositiveInt = 10
+    snapshot_every_steps: NumSteps = 10
     """Steps between two snapshots in shared memory, from which a lost worker is replaced."""
     keep: Keep = Keep()
     """Which checkpoints stay on storage."""
@@ -123,19 +135,19 @@ class Checkpoint(Options):
 class Retry(Options):
     """How often a failure of each class may be survived before the run ends."""
 
-    killed: NonNegativeInt = 20
+    killed: NumTimes = 20
     """Workers ended by a signal: out of memory, a crash in native code, somebody's kill."""
-    hung: NonNegativeInt = 5
+    hung: NumTimes = 5
     """Workers that stopped making progress."""
-    exited: NonNegativeInt = 5
+    exited: NumTimes = 5
     """Workers that left before the work was done."""
-    agent: NonNegativeInt = 5
+    agent: NumTimes = 5
     """Losses of the process that watches a node's workers."""
-    without_progress: PositiveInt = 3
+    without_progress: Annotated[int, Field(gt=0, le=10**6)] = 3
     """Failures in a row, of any class, with no new step completed in between."""
-    hang_timeout_s: PositiveFloat = Field(default=120.0, le=86400.0)
+    hang_timeout_s: Seconds = 120.0
     """Longest silence of a worker in seconds; shorter once its usual pace is known."""
-    start_timeout_s: PositiveFloat = Field(default=900.0, le=86400.0)
+    start_timeout_s: Seconds = 900.0
     """Longest wait in seconds for a worker's first step (loading, compiling)."""
 
 
@@ -168,7 +180,5 @@ class JobSpec(Options):
     """What failures are survived, and how often."""
 
 
-def _default_strategy() -> Options:
-    from dtrain.strategies import ddp
-
-    return component.with_name("ddp", ddp.Options)()
+def _default_strategy() -> Any:
+    return component.with_name("ddp", component.load("strategies", "ddp").Options)()

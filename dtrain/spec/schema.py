@@ -1,0 +1,93 @@
+"""What may stand in a file, for editors (JSON Schema) and for readers (the reference in Markdown)."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+from pydantic.json_schema import GenerateJsonSchema
+from pydantic_core import CoreSchema
+
+from dtrain.component import Options
+from dtrain.spec import words
+from dtrain.spec.cluster import ClusterSpec
+from dtrain.spec.job import JobSpec
+
+SPECS: dict[str, type[Options]] = {"job": JobSpec, "cluster": ClusterSpec}
+
+
+def json_schema(kind: str) -> dict[str, Any]:
+    """JSON Schema of a `job` or a `cluster` file; editors complete and check files by it."""
+    schema = SPECS[kind].model_json_schema(by_alias=True, schema_generator=_Generator)
+    title = f"dtrain {kind} file"
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
+
+
+def schema_text(kind: str) -> str:
+    """The same as the text of a `.schema.json` file."""
+    return json.dumps(json_schema(kind), indent=2, ensure_ascii=False) + "\n"
+
+
+def reference(kind: str) -> str:
+    """Every key of a `job` or a `cluster` file as Markdown tables: one for the file, one for each component."""
+    spec = SPECS[kind]
+    parts = [_table(spec, "")]
+    for key, field in words.fields(spec).items():
+        for name, component in words.components(words.annotation_of(field)).items():
+            rows = _table(component, f"{key}.")
+            parts.append(f"#### `{key}: {{name: {name}}}`\n\n{(component.__doc__ or '').strip()}\n\n{rows}".rstrip())
+    return "\n\n".join(parts) + "\n"
+
+
+class _Generator(GenerateJsonSchema):
+    """Without titles that only repeat the key."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+        return False
+
+    def model_schema(self, schema: Any) -> dict[str, Any]:
+        made = super().model_schema(schema)
+        made.pop("title", None)
+        names = words.fields(schema["cls"]) if issubclass(schema["cls"], Options) else {}
+        only = made.get("properties", {}).get("name", {})
+        if "const" in only and "name" in names:
+            # The code may leave the name of a component out, a file may not.
+            only.pop("default", None)
+            made["required"] = ["name", *(key for key in made.get("required", []) if key != "name")]
+        return made
+
+    def generate(self, schema: CoreSchema, mode: Any = "validation") -> dict[str, Any]:
+        return dict(super().generate(schema, mode))
+
+
+def _table(model: type[Options], prefix: str) -> str:
+    rows = list(_rows(model, prefix))
+    if not rows:
+        return ""
+    header = ["| key | what may stand there | default | meaning |", "|---|---|---|---|"]
+    return "\n".join(header + [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows])
+
+
+def _rows(model: type[Options], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+    for key, field in words.fields(model).items():
+        annotation = words.annotation_of(field)
+        if len(words.choices(annotation)) == 1 and key == "name" and prefix:
+            continue
+        inner = words.model_of(annotation)
+        if inner is not None and not words.components(annotation):
+            yield from _rows(inner, f"{prefix}{key}.")
+        else:
+            yield f"`{prefix}{key}`", words.expected(annotation), _default(field), field.description or ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True, validated_data={})
+    if isinstance(value, Options):
+        value = {"name": value.name} if hasattr(value, "name") else {}
+    return f"`{json.dumps(value, default=str)}`"
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|").replace("\n", " ")
