@@ -39,7 +39,7 @@ def permute(seed: int, epoch: "np.ndarray", position: "np.ndarray", num_samples:
 
 
 def sample_indices(seed: int, num_samples: int, start: int, count: int) -> "np.ndarray":
-    """The samples (int64, shape [count]) at global indices `start` to `start + count`, over as many epochs as that is."""
+    """The samples (int64, shape [count]) at global indices `start` to `start + count`; epochs join without a gap."""
     import numpy as np
 
     blocks = range(start // _BLOCK, (start + count - 1) // _BLOCK + 1)

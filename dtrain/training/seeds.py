@@ -7,7 +7,7 @@ _MASK = 2**64 - 1
 
 
 def sample_seed(seed: int, step: int, micro: int, worker: int) -> int:
-    """A seed in [0, 2**63) for one micro batch of one worker; splitmix64 (Steele, Lea and Flood, 2014) over the four."""
+    """A seed in [0, 2**63) for one worker's micro batch, mixed by splitmix64 (Steele, Lea and Flood, 2014)."""
     state = _mix(seed)
     for word in (step, micro, worker):
         state = _mix(state ^ (word & _MASK))

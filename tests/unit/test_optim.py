@@ -1,5 +1,6 @@
 """Learning rates, parameter groups and seeds."""
 
+import itertools
 import math
 import timeit
 
@@ -57,7 +58,7 @@ def test_a_rate_stays_within_bounds_and_falls_after_warmup(
     found = rates(total, name=name, warmup_steps=warmup_steps, decay_steps=decay_steps, final=final)
     assert all(0.0 <= rate <= 2.0 for rate in found)
     after = found[warmup_steps:]
-    assert all(a >= b - 1e-12 for a, b in zip(after, after[1:], strict=False))
+    assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
 
 
 def module() -> nn.Module:
