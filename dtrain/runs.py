@@ -372,7 +372,7 @@ def read_lines(path: Path, offset: int = 0) -> list[dict[str, Any]]:
 
 
 def iterate_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(byte offset behind the line, object) for each whole line from `offset`; lines torn by a crash are passed over."""
+    """(byte offset behind the line, object) for each whole line from `offset`; torn lines are passed over."""
     try:
         file = open(path, "rb")
     except FileNotFoundError:

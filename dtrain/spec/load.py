@@ -4,7 +4,8 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +18,12 @@ from dtrain.spec import document, words
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node, found
 from dtrain.spec.job import JobSpec
-from dtrain.spec.overrides import CLUSTER, apply_overrides
+from dtrain.spec.overrides import CLUSTER, apply_overrides, split_overrides
 
 MAX_MISTAKES = 50
 YES_NO = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
+THIS_MACHINE = "{name: local, description: The machine at hand., backend: {name: local}}"
+"""`clusters/local.yaml`, for when no cluster file is given and that one is not at hand."""
 Spec = TypeVar("Spec", bound=Options)
 
 
@@ -32,12 +35,45 @@ def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
     return _load(JobSpec, path, overrides, "")
 
 
-def load_cluster(path: str | Path, overrides: Sequence[str] = ()) -> ClusterSpec:
-    """The cluster in a YAML file, changed by `overrides` (`cluster.nodes=2`).
+def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterSpec:
+    """The cluster in a YAML file, or this machine for None, changed by `overrides` (`cluster.nodes=2`).
 
     Raises `InputError` with one line a mistake, all of them at once.
     """
     return _load(ClusterSpec, path, overrides, CLUSTER)
+
+
+def load_both(job: str | Path, cluster: str | Path | None, overrides: Sequence[str]) -> tuple[JobSpec, ClusterSpec]:
+    """A job, and the cluster it is to run on; each takes its own of the overrides.
+
+    Raises `InputError` with the mistakes of both.
+    """
+    for_job, for_cluster = split_overrides(overrides)
+    mistakes: list[str] = []
+    try:
+        asked = load_job(job, for_job)
+    except InputError as error:
+        mistakes.append(error.message)
+    try:
+        place = load_cluster(cluster, for_cluster)
+    except InputError as error:
+        mistakes.append(error.message)
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+    return asked, place
+
+
+@contextmanager
+def located(path: str | Path, overrides: Sequence[str]) -> Iterator[None]:
+    """Put file and line before a mistake that is found later, in planning, and begins with a key of the job."""
+    try:
+        yield
+    except InputError as error:
+        key = error.message.split(" ", 1)[0].rstrip(":")
+        if key.split(".")[0] not in words.fields(JobSpec):
+            raise
+        for_job, _ = split_overrides(overrides)
+        raise InputError(f"{where(path, key, for_job)}: {error.message}") from None
 
 
 def where(path: str | Path, key: str, overrides: Sequence[str] = ()) -> str:
@@ -52,8 +88,14 @@ def where(path: str | Path, key: str, overrides: Sequence[str] = ()) -> str:
     return node.where
 
 
-def _load(spec: type[Spec], path: str | Path, overrides: Sequence[str], prefix: str) -> Spec:
-    root = document.read(path)
+def _this_machine() -> Node:
+    root = document.parse(THIS_MACHINE, "this machine", fixed_where=True)
+    assert root is not None
+    return root
+
+
+def _load(spec: type[Spec], path: str | Path | None, overrides: Sequence[str], prefix: str) -> Spec:
+    root = document.read(path) if path is not None else _this_machine()
     apply_overrides(root, overrides, prefix=prefix)
     mistakes, result = list(root.mistakes), None
     try:
@@ -66,7 +108,7 @@ def _load(spec: type[Spec], path: str | Path, overrides: Sequence[str], prefix: 
         return result
     lines = [f"{at}: {what}" for at, what in sorted(dict.fromkeys(mistakes), key=_line)]
     if len(lines) > MAX_MISTAKES:
-        lines = [*lines[:MAX_MISTAKES], f"{path}: and {len(lines) - MAX_MISTAKES} more mistakes"]
+        lines = [*lines[:MAX_MISTAKES], f"{path or 'this machine'}: and {len(lines) - MAX_MISTAKES} more mistakes"]
     raise InputError("\n".join(lines))
 
 
