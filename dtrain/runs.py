@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dtrain.component import Options, suggestion
-from dtrain.errors import DtrainError, InputError, StorageError
+from dtrain.errors import DtrainError, InputError, StorageError, Stopped
 from dtrain.plan import Plan
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
@@ -162,6 +162,12 @@ class Run:
     def request_stop(self, who: str) -> None:
         """Ask whoever drives the run to stop it after a last checkpoint; asking twice is fine."""
         self._write("stop", who)
+
+    def ask_to_stop(self, who: str) -> None:
+        """`request_stop`, which also ends a run that waits for a cluster and that no driver has taken up."""
+        self.request_stop(who)
+        cause = f"stopped by {who} before it began"
+        self.end_undriven("stopped", cause, Stopped(cause))
 
     @property
     def stop_requested(self) -> str | None:

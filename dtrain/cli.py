@@ -1,0 +1,465 @@
+"""Every command. Each loads, plans, hands over and prints; what it prints with is in `dtrain/view/`.
+
+Nothing heavy is imported before a command runs: `dtrain --help` must answer at once.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from dtrain import __version__
+from dtrain.errors import ClusterError, DtrainError, InputError, Stopped
+from dtrain.view.help import EXIT_CODES, Sections, complete_run
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+    from dtrain.plan import Plan
+    from dtrain.runs import Run
+    from dtrain.spec.cluster import ClusterSpec
+
+LOCAL_CLUSTER = Path("clusters/local.yaml")
+SIGPIPE_EXIT_CODE = 141
+"""What a shell reports of a program whose reader went away."""
+POLL_S = 0.1
+
+
+@click.group(cls=Sections, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, message="dtrain %(version)s")
+def cli() -> None:
+    """Train models on this machine or on a Ray cluster, and keep the training alive.
+
+    \b
+    dtrain submit jobs/gpt_small.yaml     train, here, now
+    """
+
+
+# -- arguments that commands share -----------------------------------------------------------------------------
+
+
+JOB = click.argument("file", type=click.Path(path_type=Path))
+CLUSTER = click.option(
+    "-c",
+    "--cluster",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Where to run: a cluster file. This machine when left out.",
+)
+SET = click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change a setting: train.steps=100, or cluster.storage=FOLDER for the cluster. May be given again.",
+)
+RUN = click.argument("word", metavar="[RUN]", required=False, shell_complete=complete_run)
+STORAGE = click.option(
+    "--storage", default="runs", show_default=True, type=click.Path(), help="Folder in which runs are looked for."
+)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")
+DETACH = click.option("-d", "--detach", is_flag=True, help="Hand the run over and return at once.")
+
+
+# -- ask -------------------------------------------------------------------------------------------------------
+
+
+@cli.section("Ask")
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+def validate(files: tuple[Path, ...]) -> None:
+    """Check job and cluster files, every mistake at once."""
+    from dtrain.spec import document, load
+
+    mistakes: list[str] = []
+    for file in files:
+        try:
+            is_cluster = "backend" in document.read(file).value
+            spec = load.load_cluster(file) if is_cluster else load.load_job(file)
+            click.echo(f"{file}: a valid {'cluster' if is_cluster else 'job'} file ({spec.name})")
+        except InputError as error:
+            mistakes.append(error.message)
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+
+
+@cli.section("Ask")
+@click.command()
+@JOB
+@CLUSTER
+@SET
+@JSON
+def plan(file: Path, cluster: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show what would run, and what was resolved to what."""
+    decided = _plan(file, cluster, overrides)
+    if as_json:
+        click.echo(decided.to_json())
+    else:
+        from dtrain.view import console
+        from dtrain.view import plan as view
+
+        console().print(view.show(decided))
+
+
+@cli.section("Ask")
+@click.command()
+@click.argument("kind", type=click.Choice(["job", "cluster"]), default="job")
+def schema(kind: str) -> None:
+    """Print a JSON Schema for your editor.
+
+    With it, editors complete and check job or cluster files."""
+    from dtrain.spec.schema import schema_text
+
+    click.echo(schema_text(kind), nl=False)
+
+
+# -- run -------------------------------------------------------------------------------------------------------
+
+
+@cli.section("Run")
+@click.command()
+@JOB
+@CLUSTER
+@SET
+@DETACH
+@click.option("--dry-run", is_flag=True, help="Print what would be sent, and neither send nor write anything.")
+@JSON
+def submit(
+    file: Path, cluster: Path | None, overrides: tuple[str, ...], detach: bool, dry_run: bool, as_json: bool
+) -> None:
+    """Train a job, and show it until it has ended.
+
+    Ctrl-C asks: detach, stop, or go on. Ctrl-C twice detaches."""
+    from dtrain import runs
+
+    decided = _plan(file, cluster, overrides)
+    name = runs.new_name(decided)
+    if dry_run:
+        click.echo(_backend(decided).render(decided, Path(decided.storage) / name).model_dump_json(indent=2))
+        return
+    run = runs.create(decided, "".join([file.read_text("utf-8"), *(f"# --set {text}\n" for text in overrides)]), name)
+    _hand_over(run, decided)
+    _attend(run, decided, detach, as_json)
+
+
+@cli.section("Run")
+@click.command()
+@RUN
+@STORAGE
+@DETACH
+@JSON
+def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
+    """Go on with a run from its newest valid checkpoint.
+
+    For a run that failed, was stopped or was lost."""
+    run = _find(storage, word)
+    run.requeue("resumed")
+    decided = run.plan
+    _hand_over(run, decided)
+    _attend(run, decided, detach, as_json, from_now=True)
+
+
+@cli.section("Run")
+@click.command()
+@RUN
+@STORAGE
+@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Longest wait for its end, in seconds.")
+def stop(word: str | None, storage: str, timeout_s: float) -> None:
+    """Stop a run after a last checkpoint, and wait for its end."""
+    run = _find(storage, word)
+    record = run.record
+    if record.ended:
+        click.echo(f"{run.id} has already ended: {record.state}")
+        return
+    run.ask_to_stop("dtrain stop")
+    deadline = time.monotonic() + timeout_s
+    while not record.ended and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        record = run.record
+    if not record.ended:
+        raise ClusterError(
+            f"{run.id} was asked to stop and is still {record.state} after {timeout_s:g} s;"
+            f" `dtrain logs {run.id} --driver` says what holds it up, asking again waits longer,"
+            " `dtrain cluster down` ends it without a checkpoint"
+        )
+    click.echo(f"{run.id}: {record.state}" + (f" ({record.cause})" if record.cause else ""))
+
+
+# -- look ------------------------------------------------------------------------------------------------------
+
+
+@cli.section("Look")
+@click.command()
+@STORAGE
+@JSON
+def ps(storage: str, as_json: bool) -> None:
+    """List the runs and where they stand."""
+    from dtrain import runs
+    from dtrain.view import console, tables
+
+    listed = runs.list_runs(Path(storage))
+    if as_json:
+        _echo_json([tables.facts(run) for run in listed])
+    elif listed:
+        console().print(tables.ps(listed))
+    else:
+        click.echo(f"{storage}: no runs yet; `dtrain submit JOB` makes one", err=True)
+
+
+@cli.section("Look")
+@click.command()
+@RUN
+@STORAGE
+@click.option("-f", "--follow", "follows", is_flag=True, help="Show it live until it has ended.")
+@JSON
+def status(word: str | None, storage: str, follows: bool, as_json: bool) -> None:
+    """Tell the whole story of a run; -f shows it live.
+
+    State and cause, attempts, checkpoints, paths."""
+    from dtrain.view import console, tables
+
+    run = _find(storage, word)
+    if follows:
+        _attend(run, run.plan, False, as_json, from_now=True)
+    elif as_json:
+        _echo_json({**tables.facts(run), "checkpoints": tables.checkpoints(run)})
+    else:
+        console().print(tables.status(run))
+
+
+@cli.section("Look")
+@click.command()
+@RUN
+@STORAGE
+@click.option("-f", "--follow", "follows", is_flag=True, help="Go on until the run has ended.")
+@click.option("-n", "--lines", "num_lines", type=click.IntRange(min=0), help="Begin with the last N lines of each log.")
+@click.option("--rank", type=click.IntRange(min=0), help="Only the log of this worker.")
+@click.option("--driver", "which", flag_value="driver", help="The log of the driver.")
+@click.option("--agent", "which", flag_value="agent", help="The logs of the agents, one a node.")
+def logs(word: str | None, storage: str, follows: bool, num_lines: int | None, rank: int | None, which: str) -> None:
+    """Print what its workers printed, in all attempts."""
+    from dtrain.view import logs as view
+
+    if rank is not None and which:
+        raise click.UsageError("--rank names a worker's log; leave out --driver and --agent")
+    pattern = f"rank-{rank}.log" if rank is not None else f"{which or 'rank'}*.log"
+    view.show(_find(storage, word), pattern, sys.stdout.buffer, follows=follows, num_lines=num_lines)
+
+
+@cli.section("Look")
+@click.command()
+@RUN
+@STORAGE
+@click.option("--all", "everything", is_flag=True, help="Every line; a screenful, evenly spread, when left out.")
+@JSON
+def metrics(word: str | None, storage: str, everything: bool, as_json: bool) -> None:
+    """Show what a run measured, step by step."""
+    lines = _find(storage, word).metrics()
+    if as_json:
+        _echo_json(lines)
+    elif lines:
+        from dtrain.view import console, tables
+
+        console().print(tables.metrics(lines, everything))
+    else:
+        click.echo("nothing measured yet", err=True)
+
+
+@cli.section("Look")
+@click.command()
+@RUN
+@STORAGE
+@click.option("-p", "--prompt", default="", help="Text to go on from.")
+@click.option(
+    "-n", "--length", default=200, show_default=True, type=click.IntRange(1, 100_000), help="Tokens to write."
+)
+@click.option(
+    "-t", "--temperature", default=0.8, show_default=True, type=click.FloatRange(0.0, 100.0), help="0 is greedy."
+)
+@click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, another text.")
+def sample(word: str | None, storage: str, prompt: str, length: int, temperature: float, seed: int) -> None:
+    """Let its newest checkpoint write something."""
+    run = _find(storage, word)
+    from dtrain.training.sample import generate  # torch takes seconds, a wrong name should not
+    from dtrain.view.words import visible
+
+    click.echo(visible(generate(run, prompt, length, temperature, seed)))
+
+
+# -- where it runs ---------------------------------------------------------------------------------------------
+
+
+@cli.section("The cluster")
+@click.group("cluster", cls=Sections)
+def cluster_group() -> None:
+    """Start, show or end a cluster.
+
+    The one that a cluster file names; this machine's when none is given."""
+
+
+@cluster_group.section("Commands")
+@click.command("up")
+@CLUSTER
+@SET
+def cluster_up(cluster: Path | None, overrides: tuple[str, ...]) -> None:
+    """Start it, if it does not run already."""
+    place, backend = _place(cluster, overrides)
+    backend.cluster_up(place.backend, _say)
+    click.echo(f"cluster {place.name} is up")
+
+
+@cluster_group.section("Commands")
+@click.command("status")
+@CLUSTER
+@SET
+@JSON
+def cluster_status(cluster: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Show whether it runs, and what it has."""
+    place, backend = _place(cluster, overrides)
+    found = backend.cluster_status(place.backend)
+    if as_json:
+        _echo_json(found)
+    else:
+        from dtrain.view import console, tables
+
+        console().print(tables.pairs(f"cluster {place.name}", found))
+
+
+@cluster_group.section("Commands")
+@click.command("down")
+@CLUSTER
+@SET
+def cluster_down(cluster: Path | None, overrides: tuple[str, ...]) -> None:
+    """End it, and every run on it."""
+    place, backend = _place(cluster, overrides)
+    for line in backend.cluster_down(place.backend) or [f"cluster {place.name} was not up"]:
+        click.echo(line)
+
+
+@cli.section("The cluster")
+@click.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Check whether this machine can train.
+
+    Versions, devices, shared memory, ports, collectives, and a training step."""
+    from dtrain import doctor as module
+
+    module.run(_say, as_json)
+
+
+@cli.section("The cluster")
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print the shell's completion script.
+
+    \b
+    bash:  eval "$(dtrain completion bash)"      in ~/.bashrc
+    zsh:   eval "$(dtrain completion zsh)"       in ~/.zshrc
+    fish:  dtrain completion fish | source       in ~/.config/fish/config.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    kind = get_completion_class(shell)
+    assert kind is not None
+    click.echo(kind(cli, {}, "dtrain", "_DTRAIN_COMPLETE").source())
+
+
+# -- hops ------------------------------------------------------------------------------------------------------
+
+
+def _plan(file: Path, cluster: Path | None, overrides: tuple[str, ...]) -> "Plan":
+    from dtrain.plan import make_plan
+    from dtrain.spec import load
+
+    job, place = load.load_both(file, _cluster(cluster), overrides)
+    with load.located(file, overrides):
+        return make_plan(job, place)
+
+
+def _cluster(cluster: Path | None) -> Path | None:
+    return cluster or (LOCAL_CLUSTER if LOCAL_CLUSTER.is_file() else None)
+
+
+def _backend(decided: "Plan") -> "ModuleType":
+    from dtrain import component
+
+    return component.load("backends", decided.backend.name)
+
+
+def _place(cluster: Path | None, overrides: tuple[str, ...]) -> "tuple[ClusterSpec, ModuleType]":
+    from dtrain import component
+    from dtrain.spec.load import load_cluster
+
+    place = load_cluster(_cluster(cluster), overrides)
+    return place, component.load("backends", place.backend.name)
+
+
+def _find(storage: str, word: str | None) -> "Run":
+    from dtrain import runs
+
+    return runs.find(Path(storage), word)
+
+
+def _hand_over(run: "Run", decided: "Plan") -> None:
+    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
+    backend = _backend(decided)
+    try:
+        backend.send(backend.render(decided, run.path), decided.backend, _say)
+    except DtrainError as error:
+        run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
+        raise
+    except KeyboardInterrupt:
+        run.ask_to_stop("Ctrl-C")
+        raise
+
+
+def _attend(run: "Run", decided: "Plan", detach: bool, as_json: bool, from_now: bool = False) -> None:
+    from dtrain.view import attend
+
+    if detach:
+        attend.leave(run, as_json)
+    else:
+        sys.exit(attend.follow(run, decided, as_json, from_now))
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _echo_json(value: Any) -> None:
+    import json
+
+    click.echo(json.dumps(value, indent=2, default=str))
+
+
+def main() -> None:
+    """The `dtrain` command: a mistake prints one message and its exit code, a bug its traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        code = cli.main(prog_name="dtrain", standalone_mode=False)
+        sys.stdout.flush()
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"\n       `{context.command_path} --help` explains" if context else ""
+        click.echo(f"error: {error.format_message()}{hint}", err=True)
+        code = error.exit_code
+    except DtrainError as error:
+        click.echo("error: " + error.message.replace("\n", "\n       "), err=True)
+        code = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        code = Stopped.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has gone; so that Python does not complain at exit, nothing is flushed to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = SIGPIPE_EXIT_CODE
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,221 @@
+"""Runs side by side, and the whole story of one."""
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from dtrain import runs
+from dtrain.errors import StorageError
+from dtrain.view import outcome, words
+from dtrain.view.follow import STYLES
+
+COMMITTED = "COMMITTED"
+"""The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
+MAX_METRIC_LINES = 20
+
+
+def latest(run: runs.Run) -> dict[str, Any]:
+    """The newest training metrics of a run, empty before there are any."""
+    lines = runs.last_lines(run.path / "metrics.jsonl")
+    return next((line for line in reversed(lines) if "held_out" not in line), {})
+
+
+def facts(run: runs.Run) -> dict[str, Any]:
+    """A run for a machine: its record, its folder, and where it stands."""
+    metrics = latest(run)
+    record = run.record.model_dump(mode="json")
+    step = record["outcome"].get("steps", metrics.get("step", 0))
+    return {**record, "path": str(run.path.absolute()), "step": step, "loss": metrics.get("loss")}
+
+
+# -- ps ------------------------------------------------------------------------------------------------------
+
+
+def ps(listed: Sequence[runs.Run]) -> RenderableType:
+    """One row a run, the newest first."""
+    now = time.time()
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("run", "state"):
+        table.add_column(name, no_wrap=True)
+    for name in ("step", "loss", "age", "took", "tries"):
+        table.add_column(name, no_wrap=True, justify="right")
+    table.add_column("cause", no_wrap=True, overflow="ellipsis", ratio=None, style="dim")
+    for run in reversed(listed):
+        try:
+            table.add_row(*_ps_row(run, now))
+        except StorageError as error:
+            table.add_row(run.id, Text("unreadable", style="bold red"), "", "", "", "", "", error.message)
+    return table
+
+
+def _ps_row(run: runs.Run, now: float) -> list[str | Text]:
+    record, metrics = run.record, latest(run)
+    step = record.outcome.get("steps", metrics.get("step", 0))
+    loss = metrics.get("loss")
+    return [
+        run.id,
+        Text(record.state, style=STYLES.get(record.state, "")),
+        f"{step:,}/{record.num_steps:,}",
+        "-" if loss is None else words.measure(loss),
+        words.age(now - record.created_at),
+        words.duration(_took(record, now)),
+        str(len(record.attempts) or "-"),
+        words.visible(record.cause).replace("\n", " "),
+    ]
+
+
+def _took(record: runs.Record, now: float) -> float | None:
+    if record.started_at is None:
+        return None
+    if record.state == "lost":
+        return None  # nobody knows when it ended
+    return (record.ended_at or now) - record.started_at
+
+
+# -- status --------------------------------------------------------------------------------------------------
+
+
+def status(run: runs.Run) -> RenderableType:
+    """Everything a person may want to know of one run."""
+    record, now, metrics = run.record, time.time(), latest(run)
+    step = record.outcome.get("steps", metrics.get("step", 0))
+    share = f"{100 * step // max(1, record.num_steps)}%"
+    rows: list[tuple[str, str | Text]] = [
+        ("why", words.visible(record.cause)),
+        ("progress", f"step {step:,} of {record.num_steps:,} ({share})"),
+        ("workers", str(record.num_workers)),
+        ("submitted", f"{words.moment(record.created_at)} ({words.age(now - record.created_at)}{_times(record)})"),
+    ]
+    if record.started_at:
+        rows.append(("started", words.moment(record.started_at)))
+    if record.ended_at:
+        took = words.duration(record.ended_at - (record.started_at or record.created_at))
+        rows.append(("ended", f"{words.moment(record.ended_at)}, {took} later"))
+    if record.exit_code is not None:
+        rows.append(("exit code", str(record.exit_code)))
+    if metrics and not record.ended:
+        from dtrain.view.follow import training_figures
+
+        rows.append(("latest", "   ".join(" ".join(pair) for pair in training_figures(metrics))))
+    rows.append(("folder", str(run.path.absolute())))
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, value in rows:
+        grid.add_row(f"  {key}", value)
+    title = Text.assemble((run.id, "bold"), "  ", (record.state, STYLES.get(record.state, "")))
+    parts: list[RenderableType] = [title, grid]
+    if record.attempts:
+        parts += [Text("\nattempts", style="bold"), attempts(record, now)]
+    stored = checkpoints(run)
+    if stored:
+        parts += [Text("\ncheckpoints", style="bold"), _checkpoint_table(stored, now)]
+    if record.outcome.get("metrics"):
+        parts += outcome.comparison(record.outcome)
+    if record.state in ("failed", "lost") and record.error:
+        parts += outcome.failure(record.model_copy(update={"cause": ""}))
+    return Group(*parts)
+
+
+def attempts(record: runs.Record, now: float) -> RenderableType:
+    """One row an attempt: from which step and state, how far, and why it ended."""
+    table = Table(box=box.SIMPLE_HEAD, header_style="dim", border_style="dim", show_edge=False, padding=(0, 1, 0, 1))
+    table.add_column("", justify="right")
+    table.add_column("steps", no_wrap=True, justify="right")
+    table.add_column("state from", no_wrap=True)
+    table.add_column("began", no_wrap=True)
+    table.add_column("took", no_wrap=True, justify="right")
+    table.add_column("ended by", overflow="fold")
+    for a in record.attempts:
+        over = a.ended_at is not None or record.ended
+        took = words.duration((a.ended_at or now) - a.started_at) if a.ended_at or not over else "-"
+        last = "?" if a.last_step is None and over else f"{a.last_step:,}" if a.last_step is not None else "..."
+        why = Text(words.visible(a.cause or ("" if over else "under way")), style="" if a.cause else "dim")
+        if a.failure:
+            why = Text.assemble((a.failure, "yellow"), "  ", why)
+        table.add_row(str(a.number), f"{a.from_step:,}-{last}", a.source, words.clock(a.started_at), took, why)
+    return table
+
+
+def checkpoints(run: runs.Run) -> list[dict[str, Any]]:
+    """The whole checkpoints of a run, the oldest first: name, time, size in bytes and metrics."""
+    found = []
+    for path in sorted(run.checkpoints.glob("step-*")):
+        try:
+            written_at = (path / COMMITTED).stat().st_mtime
+            manifest = json.loads((path / "manifest.json").read_text())
+            num_bytes = sum(int(f["bytes"]) for f in manifest["files"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue  # not finished, or going away
+        metrics = manifest.get("metrics") or {}
+        found.append({"name": path.name, "time": written_at, "bytes": num_bytes, "metrics": metrics})
+    return found
+
+
+def _checkpoint_table(stored: list[dict[str, Any]], now: float) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    table.add_column(justify="right")
+    table.add_column(justify="right")
+    table.add_column()
+    for c in stored:
+        figures = "   ".join(f"{k.replace('_', ' ')} {words.measure(v)}" for k, v in c["metrics"].items())
+        table.add_row(f"  {c['name']}", words.size(c["bytes"]), words.age(now - c["time"]), figures)
+    return table
+
+
+def pairs(title: str, facts: dict[str, Any]) -> RenderableType:
+    """A title and facts under it."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim")
+    grid.add_column(overflow="fold")
+    for key, value in facts.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        grid.add_row(f"  {key.replace('_', ' ')}", words.visible(shown))
+    return Group(Text(title, style="bold"), grid)
+
+
+def _times(record: runs.Record) -> str:
+    return f", {record.submissions} times" if record.submissions > 1 else ""
+
+
+# -- metrics -------------------------------------------------------------------------------------------------
+
+
+def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> RenderableType:
+    """Training and held-out figures by step; thinned to a screenful unless `everything`."""
+    rows: dict[int, dict[str, Any]] = {}
+    for line in lines:
+        row = rows.setdefault(int(line.get("step", 0)), {})
+        held_out = line.get("held_out")
+        row.update({"held_out": held_out} if isinstance(held_out, dict) else line)
+    steps = sorted(rows)
+    if not everything and len(steps) > MAX_METRIC_LINES:
+        steps = [steps[round(i * (len(steps) - 1) / (MAX_METRIC_LINES - 1))] for i in range(MAX_METRIC_LINES)]
+    # The held-out figures worth a column of their own, in the order they were first measured.
+    measured = list(dict.fromkeys(k for s in sorted(rows) for k in rows[s].get("held_out", {})))
+    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
+    for name in ("step", "loss", "rate", "gradient", "steps/s", *(f"held-out {m.replace('_', ' ')}" for m in measured)):
+        table.add_column(name, justify="right")
+    for step in steps:
+        row = rows[step]
+        held_out = row.get("held_out", {})
+        table.add_row(
+            f"{step:,}",
+            _cell(row.get("loss"), words.measure),
+            _cell(row.get("learning_rate"), words.rate),
+            _cell(row.get("grad_norm"), words.measure),
+            _cell(row.get("steps_per_s"), lambda v: f"{v:.3g}"),
+            *(_cell(held_out.get(m), words.measure) for m in measured),
+        )
+    return table
+
+
+def _cell(value: Any, format_value: Any) -> str:
+    return format_value(value) if isinstance(value, int | float) else ""
