@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
-from dtrain.models.networks.transformer import IGNORED, Transformer, choose, linear_cross_entropy
+from dtrain.models.networks.transformer import IGNORED, Transformer, choose, linear_cross_entropy, rotate
 from dtrain.models.transformer import LanguageModel, Options, build, describe
 from dtrain.spec.job import Train
 
@@ -68,11 +68,11 @@ def test_operations_are_those_that_are_done(words: dict[str, object]) -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    shape = DataShape("tokens", vocabulary_size=64, sequence_length=32)
+    shape = DataShape("tokens", vocabulary_size=64, sequence_length=512)
     net = build(Options(**{**SMALL, "width": 64, **words}), shape, Train(steps=1)).parts["model"]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        logits = net(torch.zeros(1, 32, dtype=torch.int64))
-        F.cross_entropy(logits[0], torch.zeros(32, dtype=torch.int64)).backward()
+        logits = net(torch.zeros(1, 512, dtype=torch.int64))
+        F.cross_entropy(logits[0], torch.zeros(512, dtype=torch.int64)).backward()
     claimed = describe(Options(**{**SMALL, "width": 64, **words}), shape).flops_per_sample
     assert claimed == pytest.approx(counter.get_total_flops(), rel=0.03)
 
@@ -210,8 +210,26 @@ def test_dropout_acts_in_training_only() -> None:
     net = network(dropout=0.5)
     tokens = torch.randint(0, 50, (1, 12))
     assert not torch.equal(net(tokens), net(tokens))
+    assert net.generate([1], 30, temperature=0.0) == net.generate([1], 30, temperature=0.0)
     net.eval()
     assert torch.equal(net(tokens), net(tokens))
+    attention = network(dropout=0.5).blocks[0].attention
+    x = torch.randn(1, 12, 16)
+    assert not torch.equal(attention(x, None, None), attention(x, None, None))
+
+
+def test_rotation_turns_positions_into_distances() -> None:
+    net = network(positions="rope")
+    query, key = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
+    cos, sin = net.cos.double(), net.sin.double()
+    turned = [rotate(x.expand(1, 1, 12, 8), cos, sin)[0, 0] for x in (query, key)]
+    torch.testing.assert_close(turned[0].norm(dim=1), query.norm().expand(12), rtol=1e-6, atol=0)
+    scores = turned[0] @ turned[1].t()
+    for distance in range(12):
+        diagonal = scores.diagonal(distance)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(scores[0, 0], (query * key).sum())
+    assert scores[0].std() > 0.01
 
 
 def test_evaluation_gives_sums_and_then_metrics() -> None:
