@@ -18,6 +18,7 @@ MAX_BYTES = 2**20
 MAX_VALUES = 10_000
 """Values in a file, each alias counted as what it stands for."""
 MAX_DEPTH = 32
+MAX_KEY_LENGTH = 200
 
 INT = re.compile(r"[-+]?[0-9]+\Z")
 RADIX_INT = re.compile(r"0(?:o[0-7]+|x[0-9a-fA-F]+)\Z")
@@ -211,6 +212,7 @@ class _Builder:
                 raise InputError(
                     f"{where}: nested more than {MAX_DEPTH} deep; no key lies that deep, check the brackets"
                 )
+            self._count(1, where)
             value: Any = {} if isinstance(event, yaml.MappingStartEvent) else []
             self.open.append(_Open(Node(value, where), event.anchor))
             if event.anchor:
@@ -251,6 +253,8 @@ class _Builder:
             raise InputError(
                 f"{node.where}: expected a name as key, found {found(node)}; put it in quotes if it is meant"
             )
+        if not node.value.isprintable() or len(node.value) > MAX_KEY_LENGTH:
+            raise InputError(f"{node.where}: no key looks like {found(node)}; write a plain name")
         return node
 
     def _alias(self, anchor: str | None, where: str) -> Node:
@@ -258,8 +262,8 @@ class _Builder:
         if node is None:
             what = "stands for a value that contains it" if anchor in self.anchors else "has no anchor above it"
             raise InputError(f"{where}: alias *{anchor} {what}; write the value out")
-        if len(self.open) + node.height > MAX_DEPTH:
-            raise InputError(f"{where}: alias *{anchor} nests values more than {MAX_DEPTH} deep; write less of it out")
+        if len(self.open) + node.height - 1 > MAX_DEPTH:
+            raise InputError(f"{where}: alias *{anchor} nests values more than {MAX_DEPTH} deep; no key lies that deep")
         self._count(node.size, where)
         return Node(node.value, where, node.written, node.quoted, node.size, node.height)
 

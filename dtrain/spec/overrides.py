@@ -20,7 +20,8 @@ def apply_overrides(root: Node, overrides: Sequence[str], *, prefix: str = "") -
     `prefix` is taken off a key that begins with it. What cannot be applied is added to the root's mistakes.
     """
     for text in overrides:
-        where = f"--set {text if len(text) <= 80 else text[:77] + '...'}"
+        shown = text if len(text) <= 80 else f"{text[:77]}..."
+        where = f"--set {shown if shown.isprintable() else ascii(shown)}"
         try:
             _apply(root, text, where, prefix)
         except InputError as error:
@@ -30,7 +31,7 @@ def apply_overrides(root: Node, overrides: Sequence[str], *, prefix: str = "") -
 def _apply(root: Node, text: str, where: str, prefix: str) -> None:
     key, equals, written = text.partition("=")
     path = key.strip().removeprefix(prefix).split(".")
-    if not equals or not all(path):
+    if not equals or not all(path) or not key.isprintable():
         raise InputError("expected key=value with a dotted key, such as train.steps=100")
     value = parse(written, where, fixed_where=True) or Node(None, where)
     root.mistakes += value.mistakes
