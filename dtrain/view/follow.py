@@ -96,7 +96,8 @@ class Reader:
 class _View(Protocol):
     def start(self) -> None: ...
     def stop(self) -> None: ...
-    def line(self, kind: str, line: dict[str, Any]) -> None: ...
+    def event(self, text: Text) -> None: ...
+    def metric(self, line: dict[str, Any]) -> None: ...
     def draw(self, progress: Progress, record: runs.Record) -> None: ...
 
 
@@ -137,7 +138,7 @@ def follow(
 
 
 def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -> runs.Record:
-    next_check = 0.0
+    next_check, said = 0.0, ""  # a state whose cause the event before has just told is not told again
     record = run.record
     while True:
         # The record first: what stood in the files when the run ended is then read below.
@@ -148,7 +149,11 @@ def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -
         for kind, line in reader.poll():
             if kind == "metric":
                 progress.take(line)
-            view.line(kind, line)
+                view.metric(line)
+            elif line.get("cause") is None or line["cause"] not in said:
+                said = str(line.get("message", ""))
+                if (text := event_line(line)) is not None:
+                    view.event(text)
         view.draw(progress, record)
         if record.ended:
             return record
@@ -185,12 +190,14 @@ class _Plain:
 
     def stop(self) -> None: ...
 
-    def line(self, kind: str, line: dict[str, Any]) -> None:
-        if kind == "event":
-            self._print(event_line(line))
-        elif isinstance(line.get("held_out"), dict):
+    def event(self, text: Text) -> None:
+        self._out.print(text, soft_wrap=True)
+        self._out.file.flush()
+
+    def metric(self, line: dict[str, Any]) -> None:
+        if isinstance(line.get("held_out"), dict):
             figures = MANY_FIGURES.join(f"{_label(k)} {words.measure(v)}" for k, v in line["held_out"].items())
-            self._print(Text(f"{words.clock(line.get('time', 0.0))}  step {line.get('step')}   held out: {figures}"))
+            self.event(Text(f"{words.clock(line.get('time', 0.0))}  step {line.get('step')}   held out: {figures}"))
         else:
             self._latest = line
 
@@ -203,12 +210,7 @@ class _Plain:
         if eta is not None and not record.ended:
             figures.append(("eta", words.duration(eta)))
         step = f"step {line.get('step')}/{record.num_steps}"
-        self._print(Text(f"{words.clock(line.get('time', 0.0))}  {MANY_FIGURES.join([step, *map(' '.join, figures)])}"))
-
-    def _print(self, text: Text | None) -> None:
-        if text is not None:
-            self._out.print(text, soft_wrap=True)
-            self._out.file.flush()
+        self.event(Text(f"{words.clock(line.get('time', 0.0))}  {MANY_FIGURES.join([step, *map(' '.join, figures)])}"))
 
 
 # -- the bar ---------------------------------------------------------------------------------------------------
@@ -233,10 +235,10 @@ class _Live:
             self._live.stop()
             self._live = None
 
-    def line(self, kind: str, line: dict[str, Any]) -> None:
-        text = event_line(line) if kind == "event" else None
-        if text is not None:
-            self._out.print(text)
+    def event(self, text: Text) -> None:
+        self._out.print(text)
+
+    def metric(self, line: dict[str, Any]) -> None: ...
 
     def draw(self, progress: Progress, record: runs.Record) -> None:
         now = time.monotonic()
@@ -305,7 +307,7 @@ def training_figures(line: dict[str, Any]) -> list[tuple[str, str]]:
 
 _FIGURES: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss", "loss", words.measure),
-    ("learning_rate", "rate", words.rate),
+    ("learning_rate", "lr", words.rate),
     ("grad_norm", "gradient", words.measure),
     ("steps_per_s", "steps/s", lambda v: f"{v:.3g}"),
     ("tokens_per_s", "tokens/s", words.count),

@@ -27,7 +27,7 @@ NEXT_MOVE = {
 
 def show(run: runs.Run, record: runs.Record, *, hints: bool = True) -> RenderableType:
     """The end of a run: one line of how, then what came of it."""
-    parts: list[RenderableType] = [headline(record)]
+    parts: list[RenderableType] = [Text(), headline(record)]
     if record.state == "succeeded" or record.outcome.get("metrics"):
         parts += comparison(record.outcome)
         parts += sample(record.outcome)
@@ -39,10 +39,10 @@ def show(run: runs.Run, record: runs.Record, *, hints: bool = True) -> Renderabl
 
 
 def headline(record: runs.Record) -> Text:
-    """`✓ gpt-small-k3f2 succeeded in 3m 12s: 800 steps, 2 workers, 1 attempt`."""
+    """`✓ gpt-small-k3f2 succeeded after 3m 12s (2m 58s of training): 800 steps, 2 attempts`."""
     mark, style = MARKS.get(record.state, FAILURE_MARK)
-    facts = [_steps(record), words.plural(record.num_workers, "worker")]
-    if record.attempts:
+    facts = [_steps(record)]
+    if len(record.attempts) > 1:
         facts.append(words.plural(len(record.attempts), "attempt"))
     text = Text.assemble((f"{mark} ", style), (record.id, "bold"), " ", (record.state, style))
     if record.ended_at is not None:
@@ -63,7 +63,7 @@ def comparison(outcome: dict[str, Any]) -> list[RenderableType]:
             parts += [Text(), _ranking(name, value, others)]
     rest = [f"{_label(k)} {words.measure(v)}" for k, v in metrics.items() if not yardsticks.get(k)]
     if rest:
-        parts += [Text(), Text.assemble(("  held out  ", "dim"), "   ".join(rest))]
+        parts += [Text(), Text.assemble(("  held out: ", "dim"), "   ".join(rest))]
     return parts
 
 
