@@ -16,12 +16,14 @@ from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import Checkpoint, Evaluate, JobSpec, Optimizer, Retry, Schedule, Train
 
 if TYPE_CHECKING:
-    Model = Data = Strategy = Backend = Options
+    from dtrain.component import Named as Backend
+    from dtrain.component import Named as Data
+    from dtrain.component import Named as Model
+    from dtrain.component import Named as Strategy
 else:
     from dtrain.spec.cluster import Backend
     from dtrain.spec.job import Data, Model, Strategy
 
-PLAN_FORMAT = 1
 ACTIVATION_SHARE = 0.25
 """Share of a worker's memory that activations of one micro batch may fill; the rest is for weights and others."""
 MAX_MICRO_TOKENS_ON_CPU = 16_384
@@ -36,10 +38,18 @@ class Workers(Options):
     collectives: Literal["gloo", "nccl"]
     threads: int
     """CPU threads of one worker."""
+    cpus_per_node: int
+    """Cores a node reserves for the run."""
 
     @property
     def total(self) -> int:
         return self.num_nodes * self.per_node
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What one node reserves, in Ray's words."""
+        gpus = {"GPU": float(self.per_node)} if self.device == "cuda" else {}
+        return {"CPU": float(self.cpus_per_node), **gpus}
 
 
 class BatchArithmetic(Options):
@@ -70,7 +80,7 @@ class Arithmetic(Options):
 class Plan(Options):
     """One run, decided."""
 
-    format: Literal[1] = PLAN_FORMAT
+    format: Literal[1] = 1
     name: str
     cluster: str
     backend: Backend
@@ -165,12 +175,15 @@ def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[s
         )
     elif per_node > available and not on_gpu:
         warnings.append(f"{per_node} workers share {available} cores: correct, but slower than {available} workers")
+    # A run on some of the GPUs leaves the other GPUs' share of the cores to others.
+    threads = max(1, machine.num_cores // (max(available, per_node) if on_gpu else per_node))
     return Workers(
         num_nodes=cluster.nodes,
         per_node=per_node,
         device="cuda" if on_gpu else "cpu",
         collectives="nccl" if on_gpu else "gloo",
-        threads=max(1, machine.num_cores // per_node),
+        threads=threads,
+        cpus_per_node=min(machine.num_cores, threads * per_node),
     )
 
 

@@ -12,7 +12,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def write(
             _remove(path)  # a checkpoint of the same step that was never committed, or of an abandoned line
         path.mkdir(parents=True)
         writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=num_files)
-        dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        with _without_process_group():
+            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(path.iterdir())}
         manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
         _write_durably(path / MANIFEST, manifest)
@@ -124,7 +126,9 @@ def newest_valid(folder: Path, rejected: Callable[[str], None]) -> tuple[Path, d
 def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Load a checkpoint into live tensors, in place. Raises `StorageError` when it does not fit them."""
     try:
-        dcp.load({name: tensor.detach() for name, tensor in tensors.items()}, storage_reader=FileSystemReader(path), no_dist=True)
+        live = {name: tensor.detach() for name, tensor in tensors.items()}
+        with _without_process_group():
+            dcp.load(live, storage_reader=FileSystemReader(path), no_dist=True)
     except Exception as error:
         cause = _root(error)
         raise StorageError(f"{path.name} cannot be loaded: {type(cause).__name__}: {cause}") from error
@@ -142,6 +146,14 @@ def prune(folder: Path, keep: Keep) -> list[int]:
         with contextlib.suppress(OSError):
             _remove(path_of(folder, step))
     return gone
+
+
+@contextlib.contextmanager
+def _without_process_group() -> Iterator[None]:
+    """DCP warns when it works in a single process, which is just what is meant here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", category=UserWarning)
+        yield
 
 
 def _remove(path: Path) -> None:

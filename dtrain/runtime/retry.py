@@ -24,6 +24,8 @@ class Failure:
     """Steps completed when it happened."""
     detail: str = ""
     """The user's own traceback, where there is one."""
+    error_kind: str = ""
+    """`kind` of the `dtrain.errors` class the run ends with if it is not tried again."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import contextlib
 import ctypes
 import gc
 import glob
-import hashlib
 import importlib
 import json
 import os
@@ -32,6 +31,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dtrain import fingerprint
 from dtrain.errors import ClusterError
 
 PRELOAD = (
@@ -53,21 +53,13 @@ PRELOAD = (
 MAX_MESSAGE = 256 * 1024
 MAX_DESCRIPTORS = 8
 START_TIMEOUT_S = 120.0
+LAST_CLIENTS_S = 300.0
+"""How long clients get to put their state on storage once the cluster is gone."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
-def fingerprint() -> str:
-    """Changes with the interpreter and with dtrain's own code: a zygote of older code is never used."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256(sys.executable.encode())
-    for path in sorted(root.rglob("*.py")):
-        stat = path.stat()
-        digest.update(f"{path}:{stat.st_mtime_ns}:{stat.st_size}".encode())
-    return digest.hexdigest()[:12]
-
-
 def socket_path(folder: Path) -> Path:
-    return folder / f"zygote-{fingerprint()}.sock"
+    return folder / f"zygote-{fingerprint.of_code()}.sock"
 
 
 # -- the client's side ---------------------------------------------------------------------------------------
@@ -173,6 +165,16 @@ class Zygote:
                 child.status = -signal.SIGKILL  # the zygote is gone, and its children with it
         return child.status
 
+    @property
+    def is_alive(self) -> bool:
+        """Whether the zygote still holds the other end; what it has said meanwhile is kept."""
+        while select.select([self._socket], [], [], 0)[0]:
+            try:
+                self._receive()
+            except OSError:
+                return False
+        return True
+
     def close(self) -> None:
         self._socket.close()
 
@@ -184,6 +186,12 @@ class Zygote:
         if "exited" in message:
             self._statuses[message["exited"]] = message["status"]
         return message
+
+
+def warm_up(folder: Path, until: int) -> None:
+    """Start the node's zygote unless it serves already; does not wait for it."""
+    if not socket_path(folder).exists():
+        start(folder, until)
 
 
 def start(folder: Path, until: int) -> subprocess.Popen[bytes]:
@@ -233,8 +241,10 @@ class Server:
             self._poll.register(self._until, select.POLLIN)
 
     def serve(self) -> None:
-        while True:
-            for descriptor, _ in self._poll.poll():
+        """Until the process it must not outlive has ended and every client has left, or has had time to."""
+        deadline = float("inf")
+        while time.monotonic() < deadline and (self._sessions or deadline == float("inf")):
+            for descriptor, _ in self._poll.poll(None if deadline == float("inf") else 1000):
                 if descriptor == self._listener.fileno():
                     connection, _address = self._listener.accept()
                     self._sessions[connection.fileno()] = _Session(connection)
@@ -244,7 +254,8 @@ class Server:
                         os.read(self._wake_read, 4096)
                     self._reap()
                 elif descriptor == self._until:
-                    return
+                    self._poll.unregister(self._until)
+                    deadline = time.monotonic() + LAST_CLIENTS_S
                 elif descriptor in self._sessions:
                     self._serve_session(self._sessions[descriptor])
 

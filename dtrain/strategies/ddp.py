@@ -7,8 +7,12 @@ from pydantic import Field, PositiveFloat
 from dtrain import component
 
 if TYPE_CHECKING:
-    from dtrain.plan import Workers
+    import torch
+
+    from dtrain.models import Task
+    from dtrain.plan import Plan, Workers
     from dtrain.spec.job import JobSpec
+    from dtrain.strategies import MakeOptimizer, Prepared
 
 
 class Options(component.Options):
@@ -22,3 +26,37 @@ class Options(component.Options):
 
 def check(options: Options, job: "JobSpec", workers: "Workers") -> None:
     """DDP does everything a job can ask for."""
+
+
+def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
+    """Wrap each part in DDP; a single worker needs no wrapper."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from dtrain.strategies import Prepared
+    from dtrain.strategies.engine import OptimizerEngine, restructure, training_state
+
+    restructure(task, plan)
+    options: Options = plan.strategy  # type: ignore[assignment]
+    bare = {name: part.to(device) for name, part in task.parts.items()}
+    wrapped = dict(bare)
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        wrapped = {
+            name: DistributedDataParallel(
+                part,
+                device_ids=[device] if device.type == "cuda" else None,
+                bucket_cap_mb=options.bucket_mib,
+                gradient_as_bucket_view=True,
+                static_graph=options.static_graph,
+                broadcast_buffers=any(True for _ in part.buffers()),
+            )
+            for name, part in bare.items()
+        }
+    engines = {phase.name: OptimizerEngine(phase, bare, wrapped, plan, make_optimizer) for phase in task.phases}
+    return Prepared(
+        parts=wrapped,
+        evaluation_parts=bare,
+        engines=engines,
+        state=training_state(bare, {name: engine.optimizer for name, engine in engines.items()}),
+        is_replicated=True,
+    )

@@ -1,0 +1,1 @@
+"""The networks themselves: torch modules, imported only where training happens."""

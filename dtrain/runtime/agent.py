@@ -1,0 +1,432 @@
+"""One per node: owns the node's ranks and snapshot, tries again after a failure, and feeds the checkpoint writer.
+
+Forked from the zygote by its host (the driver, a Ray Train worker, a Tune trial), to whom it speaks over a connection.
+The first node's agent leads: it decides about retries, writes metrics, events and checkpoints.
+
+    agent -> driver                                          driver -> agent
+    {"hello": node}                                          {"store": [host, port]}   to followers
+    {"store": [host, port]}   the leader's                   {"stop": who}
+    {"record": {...}}         changes of the run's record
+    {"end": {...}}            how it all came out
+"""
+
+import contextlib
+import os
+import selectors
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dtrain.checkpoint import shared_memory as shared
+from dtrain.checkpoint import store
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.errors import DtrainError, Stopped, StorageError, from_kind
+from dtrain.messages import pair, receive, send
+from dtrain.plan import Plan
+from dtrain.runs import Attempt as AttemptRecord
+from dtrain.runs import Run
+from dtrain.runtime import rendezvous, retry
+from dtrain.runtime.attempt import Attempt, Node, Rank, Report
+from dtrain.runtime.retry import Failure
+from dtrain.runtime.scribe import Scribe
+from dtrain.runtime.zygote import Child, Zygote
+
+REPORT_TIMEOUT_S = 30.0
+LAST_CHECKPOINT_S = 300.0
+ORPHANED = "the driver is gone"
+
+
+def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
+    """Entry of an agent. `descriptors` holds the run's lease where the host could pass it on."""
+    torch.set_num_threads(1)
+    agent = Agent(args)
+    try:
+        agent.run()
+    except DtrainError as error:
+        state = "stopped" if isinstance(error, Stopped) else "failed"
+        agent.end({"state": state, "error_kind": error.kind, "error": error.message, "cause": error.message})
+    finally:
+        agent.close()
+    if agent.is_orphaned and args.get("driver_command"):
+        for descriptor in descriptors:
+            os.close(descriptor)  # the lease: the next driver takes it
+        log = open(agent.run_folder.logs / "driver.log", "ab")
+        subprocess.Popen(args["driver_command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    return 0
+
+
+class Agent:
+    """The story of a run on one node, over its attempts."""
+
+    def __init__(self, args: Mapping[str, Any]) -> None:
+        self.run_folder = Run(Path(args["run"]))
+        self.is_orphaned = False
+        self._plan: Plan = self.run_folder.plan
+        self._number: int = args["node"]
+        self._is_leader = self._number == 0
+        self._stop: str | None = None
+        self._attempts = [AttemptRecord.model_validate(a) for a in args["attempts"]]
+        self._scribe = Scribe(self.run_folder) if self._is_leader else None
+        self._selector = selectors.DefaultSelector()
+        self._driver: Connection | None = Client(tuple(args["driver"]), authkey=bytes.fromhex(args["secret"]))
+        self._selector.register(self._driver, selectors.EVENT_READ, self._read_driver)
+        self._tell({"hello": self._number})
+        self._zygote_folder, self._until = Path(args["zygote_folder"]), int(args["until"])
+        self._zygote = Zygote.connect(self._zygote_folder, self._until)
+        self._store_address: tuple[str, int] | None = None
+        host = args["host"]
+        if self._is_leader:
+            self._store = rendezvous.serve_store(host)
+            self._store_address = (host, self._store.port)
+            self._tell({"store": self._store_address})
+        else:
+            self._turn_until(lambda: self._store_address is not None, 600.0)
+            assert self._store_address is not None
+            self._store = rendezvous.connect_store(*self._store_address)
+        base = shared.prefix(self.run_folder.path, self._number)
+        self._node = Node(
+            run_path=self.run_folder.path,
+            plan=self._plan,
+            number=self._number,
+            zygote=self._zygote,
+            selector=self._selector,
+            snapshot_path=Path(f"{base}-state"),
+            control_path=Path(f"{base}-control"),
+            store_host=self._store_address[0],
+            store_port=self._store_address[1],
+            agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
+        )
+        self._writer: tuple[Child, Any] | None = None
+        self._writing: int = 0
+        self._attempt: Attempt | None = None
+        self._failed_checkpoint: tuple[int, str] | None = None
+
+    # -- the story -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        shared.sweep()
+        shared.claim(self.run_folder.path, self._number)
+        self._prepare()
+        if self._is_leader:
+            self._lead()
+        else:
+            self._follow()
+
+    def _lead(self) -> None:
+        earlier = [_failure_of(a) for a in self._attempts if a.failure]
+        restore = self._where_from()
+        while True:
+            number = len(self._attempts) + 1
+            self._begin_record(number, restore)
+            self._node.agreement.announce(number, {"restore": restore})
+            report = self._try(number, restore)
+            if report.outcome is not None:
+                self._finish(report.outcome)
+                return
+            failure = self._root_cause(number, report)
+            decision = retry.decide(failure, earlier, self._plan.retry)
+            earlier.append(failure)
+            self._end_record(failure)
+            self._event("failure", failure.cause, kind=failure.kind, step=failure.step, attempt=number, retry=decision.again)
+            if self._stop is not None:
+                self._stopped(report.snapshot_step or 0)
+                return
+            if not decision.again:
+                self._give_up(number, failure, decision.reason)
+                return
+            self._tell({"record": {"state": "recovering", "cause": failure.cause}})
+            if decision.delay_s:
+                self._event("waiting", f"trying again in {decision.delay_s:.0f} s ({decision.reason})")
+                self._turn_until(lambda: self._stop is not None, decision.delay_s)
+            restore = self._where_from()
+
+    def _follow(self) -> None:
+        number = len(self._attempts) + 1
+        while True:
+            order = self._await_order(number)
+            if "end" in order:
+                return
+            report = self._try(number, order["restore"])
+            if report.outcome is None:
+                failures = [asdict(f) for f in report.failures]
+                self._node.agreement.submit(number, {"failures": failures, "snapshot_step": report.snapshot_step})
+            number += 1
+
+    def _try(self, number: int, restore: Mapping[str, Any]) -> Report:
+        if not self._zygote.is_alive:
+            self._zygote.close()
+            self._zygote = Zygote.connect(self._zygote_folder, self._until)
+            self._node = Node(**{**vars(self._node), "zygote": self._zygote})
+            self._drop_writer()
+        self._attempt = Attempt(self._node, number, restore, self._writing, self._on_rank)
+        try:
+            return self._attempt.watch(self._turn, lambda: self._stop is not None)
+        finally:
+            self._attempt = None
+
+    # -- beginnings ------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Ready the data of this node, in a process of its own, so that a fault in it is seen like any other."""
+        ours, theirs = pair()
+        with open(self.run_folder.logs / f"prepare-{self._number}.log", "ab") as log:
+            child = self._zygote.fork(
+                "dtrain.runtime.rank:prepare", {"run": str(self.run_folder.path)}, [theirs.fileno()], log.fileno(), "prepare"
+            )
+        theirs.close()
+        answer: list[dict[str, Any]] = []
+
+        def read() -> None:
+            answer.append(receive(ours) or {"error": "it was killed", "class": "", "kind": "killed"})
+            self._selector.unregister(ours)
+
+        self._selector.register(ours, selectors.EVENT_READ, read)
+        started = time.monotonic()
+        told = False
+        while not answer:
+            self._turn(0.05)
+            if not told and time.monotonic() - started > 1.0:
+                told = True
+                self._event("prepare", "preparing the data")
+            if self._stop is not None:
+                child.kill()
+                raise Stopped(f"stopped by {self._stop} before training began")
+        self._zygote.wait(child, 5.0)
+        ours.close()
+        os.close(child.pidfd)
+        said = answer[0]
+        if "error" in said:
+            kind = said["kind"] if said["kind"] == "input" else "training"
+            text = said["error"] if kind == "input" else f"preparing the data failed: {said['class']}: {said['error']}"
+            self._tell({"record": {"error": said.get("detail") or text}})
+            raise from_kind(kind, text)
+
+    def _where_from(self) -> dict[str, Any]:
+        """The newest state that can be trusted: the snapshot, else the newest valid checkpoint, else scratch."""
+        committed = store.steps(self.run_folder.checkpoints)
+        with contextlib.suppress(StorageError):
+            step = Snapshot.open(self._node.snapshot_path).step
+            if step is not None and step >= max(committed, default=0):
+                return {"from": "snapshot", "step": step, "node": self._number}
+        rejected: list[str] = []
+        found = store.newest_valid(self.run_folder.checkpoints, rejected.append)
+        for sentence in rejected:
+            self._event("checkpoint-rejected", sentence)
+        if found is None:
+            return {"from": "scratch", "step": 0}
+        path, manifest = found
+        return {"from": "checkpoint", "step": manifest["step"], "path": str(path)}
+
+    def _await_order(self, number: int) -> dict[str, Any]:
+        while True:
+            order = self._node.agreement.order(number)
+            if order is not None:
+                return order
+            self._turn(0.02)
+
+    # -- endings ---------------------------------------------------------------------------------------------
+
+    def _root_cause(self, number: int, report: Report) -> Failure:
+        """The failure that came first, over all nodes: a cause on any node goes before a consequence on another."""
+        failures = list(report.failures)
+        if self._plan.workers.num_nodes > 1:
+            mine = {"failures": [asdict(f) for f in failures], "snapshot_step": report.snapshot_step}
+            self._node.agreement.submit(number, mine)
+            for node_report in self._node.agreement.reports(number, REPORT_TIMEOUT_S).values():
+                failures += [Failure(**f) for f in node_report["failures"]]
+        order = {"error": 0, "diverged": 0, "memory": 0, "hung": 1, "killed": 2, "exited": 3, "agent": 4}
+        root = min(failures, key=lambda f: order[f.kind], default=Failure("exited", "all ranks left", report.step))
+        return Failure(**{**asdict(root), "step": max(report.step, root.step)})
+
+    def _finish(self, outcome: dict[str, Any]) -> None:
+        self._await_writer()
+        step = int(outcome["steps"])
+        if self._stop is not None and step < self._plan.train.steps:
+            self._end_record(None, step)
+            self._stopped(step)
+            return
+        committed = store.steps(self.run_folder.checkpoints)
+        if step not in committed:
+            reason = self._failed_checkpoint[1] if self._failed_checkpoint else "it was not committed"
+            text = f"training is done, but its last checkpoint could not be written ({reason}); free space and resume"
+            self._end_record(None, step)
+            self.end({"state": "failed", "error_kind": "storage", "error": text, "cause": text, "outcome": outcome})
+            return
+        self._end_record(None, step)
+        outcome["checkpoint"] = store.path_of(self.run_folder.checkpoints, step).name
+        self.end({"state": "succeeded", "cause": f"all {step} steps done", "outcome": outcome})
+
+    def _stopped(self, step: int) -> None:
+        newest = max(store.steps(self.run_folder.checkpoints), default=None)
+        where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
+        self.end({"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} at step {step}, {where}"})
+
+    def _give_up(self, number: int, failure: Failure, reason: str) -> None:
+        self._await_writer()
+        final = failure.kind in retry.FINAL
+        kind = (failure.error_kind or "training") if final else "retries-exhausted"
+        self.end(
+            {
+                "state": "failed",
+                "cause": reason,
+                "error_kind": kind,
+                "error": failure.detail or reason,
+            }
+        )
+
+    def end(self, result: Mapping[str, Any]) -> None:
+        """Say how it came out, once."""
+        if self._is_leader and getattr(self, "_node", None) is not None:
+            self._node.agreement.announce(len(self._attempts) + 1, {"end": True})
+        self._tell({"end": dict(result)})
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        self._drop_writer()
+        if self._scribe is not None:
+            self._scribe.close()
+        shared.remove(self.run_folder.path, self._number)
+        self._zygote.close()
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _begin_record(self, number: int, restore: Mapping[str, Any]) -> None:
+        source = Path(restore["path"]).name if restore["from"] == "checkpoint" else restore["from"]
+        self._attempts.append(
+            AttemptRecord(number=number, started_at=time.time(), from_step=restore["step"], source=source)
+        )
+        if number > 1 or restore["step"]:
+            self._event("attempt", f"attempt {number} begins at step {restore['step']}, from {source}", attempt=number)
+        state = {"state": "starting"} if number == 1 else {}
+        self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts], **state}})
+
+    def _end_record(self, failure: Failure | None, step: int | None = None) -> None:
+        changes: dict[str, Any] = {"ended_at": time.time(), "last_step": failure.step if failure else step}
+        if failure is not None:
+            changes |= {"cause": failure.cause, "failure": failure.kind}
+        self._attempts[-1] = self._attempts[-1].model_copy(update=changes)
+        self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts]}})
+
+    def _event(self, kind: str, message: str, **fields: Any) -> None:
+        if self._is_leader:
+            self.run_folder.event(kind, message=message, **fields)
+
+    # -- ranks and the writer ------------------------------------------------------------------------------------
+
+    def _on_rank(self, rank: Rank, message: dict[str, Any]) -> None:
+        if "ready" in message:
+            attempt = self._attempt
+            if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
+                self._tell({"record": {"state": "running", "cause": f"attempt {len(self._attempts)}"}})
+        elif "metrics" in message and self._scribe is not None:
+            self._scribe.write(len(self._attempts), message["metrics"])
+        elif "checkpoint" in message:
+            if self._is_leader:
+                self._write_checkpoint(message["checkpoint"], message["metrics"])
+            elif self._attempt is not None:
+                self._attempt.control.writing_step = 0
+
+    def _write_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
+        if self._writer is None:
+            self._writer = self._start_writer()
+        self._writing = step
+        send(self._writer[1], {"step": step, "metrics": dict(metrics)})
+
+    def _start_writer(self) -> tuple[Child, Any]:
+        ours, theirs = pair()
+        args = {
+            "folder": str(self.run_folder.checkpoints),
+            "keep": self._plan.checkpoint.keep.model_dump(),
+            "snapshot": str(self._node.snapshot_path),
+            "num_workers": self._plan.workers.total,
+        }
+        with open(self.run_folder.logs / "writer.log", "ab") as log:
+            child = self._zygote.fork(
+                "dtrain.checkpoint.writer:main", args, [theirs.fileno()], log.fileno(), "writer", nice=5
+            )
+        theirs.close()
+        self._selector.register(ours, selectors.EVENT_READ, self._read_writer)
+        return child, ours
+
+    def _read_writer(self) -> None:
+        assert self._writer is not None
+        said = receive(self._writer[1])
+        if said is None:
+            said = {"failed": self._writing, "reason": "the checkpoint writer was killed"}
+            self._drop_writer()
+        if "written" in said:
+            self._failed_checkpoint = None
+            text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
+            self._event("checkpoint", text, **said)
+        elif said["failed"]:
+            self._failed_checkpoint = said["failed"], said["reason"]
+            text = f"checkpoint of step {said['failed']} failed: {said['reason']}; the one before stays valid, training goes on"
+            self._event("checkpoint-failed", text, step=said["failed"])
+        self._writing = 0
+        if self._attempt is not None:
+            self._attempt.control.writing_step = 0
+
+    def _drop_writer(self) -> None:
+        if self._writer is None:
+            return
+        child, channel = self._writer
+        self._writer = None
+        with contextlib.suppress(KeyError, ValueError):
+            self._selector.unregister(channel)
+        channel.close()
+        child.kill()
+        os.close(child.pidfd)
+
+    def _await_writer(self) -> None:
+        self._turn_until(lambda: not self._writing, LAST_CHECKPOINT_S)
+
+    # -- events --------------------------------------------------------------------------------------------------
+
+    def _turn(self, timeout_s: float) -> None:
+        for key, _ in self._selector.select(timeout_s):
+            key.data()
+
+    def _turn_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition() and time.monotonic() < deadline:
+            self._turn(0.02)
+
+    def _tell(self, message: Mapping[str, Any]) -> None:
+        if self._driver is not None:
+            try:
+                self._driver.send(dict(message))
+            except OSError:
+                self._lose_driver()
+
+    def _read_driver(self) -> None:
+        assert self._driver is not None
+        try:
+            message = self._driver.recv()
+        except (EOFError, OSError):
+            self._lose_driver()
+            return
+        if "stop" in message:
+            self._stop = message["stop"]
+        if "store" in message:
+            self._store_address = tuple(message["store"])
+
+    def _lose_driver(self) -> None:
+        """Without a driver nobody holds the run's resources: put the state on storage and leave."""
+        if self._driver is not None:
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(self._driver)
+            self._driver = None
+            self.is_orphaned = True
+            self._stop = self._stop or ORPHANED
+            self._event("driver-lost", "the driver is gone: writing a last checkpoint")
+
+
+def _failure_of(attempt: AttemptRecord) -> Failure:
+    kind: Any = attempt.failure
+    return Failure(kind, attempt.cause or "", attempt.last_step or 0)

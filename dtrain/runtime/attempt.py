@@ -1,0 +1,320 @@
+"""One try of a run on one node: fork the ranks, watch them, and when one is lost, save what can be saved."""
+
+import contextlib
+import os
+import selectors
+import signal
+import socket
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.errors import StorageError
+from dtrain.messages import pair, receive, send
+from dtrain.plan import Plan
+from dtrain.runtime import watchdog
+from dtrain.runtime.control import Control
+from dtrain.runtime.rendezvous import Agreement
+from dtrain.runtime.retry import Failure
+from dtrain.runtime.zygote import Child, Zygote
+
+GRACE_S = 2.0
+"""How long survivors get to notice that another rank is gone."""
+RESCUE_S = 60.0
+STACKS_S = 0.3
+"""How long a hung rank gets to write down where it is."""
+WATCH_EVERY_S = 0.25
+TURN_S = 0.05
+
+
+@dataclass
+class Rank:
+    number: int
+    """Over all nodes."""
+    local: int
+    child: Child
+    channel: socket.socket
+    is_ready: bool = False
+    done: dict[str, Any] | None = None
+    error: dict[str, Any] | None = None
+    rescued: int | None = None
+    is_gone: bool = False
+
+    @property
+    def is_settled(self) -> bool:
+        """Nothing more is to be expected of it without being asked."""
+        return self.is_gone or self.error is not None or self.done is not None
+
+
+@dataclass(frozen=True)
+class Report:
+    """How an attempt ended on this node."""
+
+    outcome: dict[str, Any] | None
+    """What the ranks came to; None when the attempt failed."""
+    failures: list[Failure] = field(default_factory=list)
+    snapshot_step: int | None = None
+    step: int = 0
+    """Steps completed by the rank that came furthest."""
+
+
+@dataclass(frozen=True)
+class Node:
+    """What stays the same over the attempts of one agent."""
+
+    run_path: Path
+    plan: Plan
+    number: int
+    zygote: Zygote
+    selector: selectors.BaseSelector
+    snapshot_path: Path
+    control_path: Path
+    store_host: str
+    store_port: int
+    agreement: Agreement
+
+
+class Attempt:
+    """The ranks of one attempt."""
+
+    def __init__(
+        self,
+        node: Node,
+        generation: int,
+        restore: Mapping[str, Any],
+        writing_step: int,
+        on_message: Callable[[Rank, dict[str, Any]], None],
+    ) -> None:
+        self._node, self._generation = node, generation
+        self._on_message = on_message
+        self.control = Control.create(node.control_path, node.plan.workers.per_node)
+        self.control.writing_step = writing_step
+        self._started = time.monotonic()
+        self._first_step_at: float | None = None
+        self._first_step = int(restore["step"])
+        self._next_watch = 0.0
+        self.ranks = [self._fork(local, restore) for local in range(node.plan.workers.per_node)]
+
+    # -- watching ------------------------------------------------------------------------------------------
+
+    def watch(self, turn: Callable[[float], None], wants_stop: Callable[[], bool]) -> Report:
+        """Serve events with `turn` until all ranks are done or the attempt has failed; no rank is left alive."""
+        try:
+            while True:
+                turn(TURN_S)
+                if wants_stop() and not self.control.stop:
+                    self.control.stop = 1
+                if all(rank.done is not None for rank in self.ranks):
+                    return Report(self.ranks[0].done, step=self.step)
+                if any(rank.error or rank.is_gone for rank in self.ranks):
+                    return self._fail([], turn)
+                if self._node.agreement.has_failed(self._generation):
+                    return self._fail([], turn)
+                now = time.monotonic()
+                if now >= self._next_watch:
+                    self._next_watch = now + WATCH_EVERY_S
+                    hung = self._hung(now)
+                    if hung:
+                        return self._fail(hung, turn)
+        finally:
+            self._end()
+
+    @property
+    def step(self) -> int:
+        """Steps completed by the rank that came furthest."""
+        beats = (self.control.last_beat(rank.local) for rank in self.ranks)
+        seen = [beat.step for beat in beats if beat is not None]
+        return max([self._first_step, *seen])
+
+    def _hung(self, now: float) -> list[Rank]:
+        beats = {rank.local: beat for rank in self.ranks if (beat := self.control.last_beat(rank.local)) is not None}
+        retry = self._node.plan.retry
+        if len(beats) < len(self.ranks):
+            late = [rank for rank in self.ranks if rank.local not in beats]
+            return late if now - self._started > retry.start_timeout_s else []
+        done = self.step - self._first_step
+        if done >= 1 and self._first_step_at is None:
+            self._first_step_at = now
+        usual = None
+        if self._first_step_at is not None and done >= 2:
+            usual = (now - self._first_step_at) / (done - 1)
+        elif self._first_step_at is not None:
+            usual = float("inf")
+        limit = watchdog.timeout(usual, retry.hang_timeout_s, retry.start_timeout_s)
+        if not watchdog.is_hung(list(beats.values()), now, limit):
+            return []
+        stopped = [rank for rank in self.ranks if _is_stopped(rank.child.pid)]
+        return stopped or [self.ranks[local] for local in watchdog.culprits(beats)]
+
+    # -- failing -------------------------------------------------------------------------------------------
+
+    def _fail(self, hung: list[Rank], turn: Callable[[float], None]) -> Report:
+        """Find out what happened, copy a survivor's state into the snapshot if it is newer, and end all ranks."""
+        self._node.agreement.fail(self._generation)
+        failures = [self._hang(rank) for rank in hung]
+        if hung:
+            _wait(turn, lambda: False, STACKS_S)
+            for rank in hung:
+                rank.child.kill()
+        if not self._is_final():
+            _wait(turn, lambda: all(rank.is_settled for rank in self.ranks), GRACE_S)
+        failures += self._failures(hung)
+        step = self.step
+        snapshot_step = self._rescue(turn) if not self._is_final() else self._snapshot_step()
+        return Report(None, failures, snapshot_step, step)
+
+    def _is_final(self) -> bool:
+        return any(rank.error is not None and rank.error["kind"] != "peer" for rank in self.ranks)
+
+    def _hang(self, rank: Rank) -> Failure:
+        beat = self.control.last_beat(rank.local)
+        where = f"{beat.place} for {time.monotonic() - beat.time:.0f} s" if beat else "starting"
+        if _is_stopped(rank.child.pid):
+            return Failure("hung", f"rank {rank.number} was stopped by a signal, {where}", self.step)
+        rank.child.kill(signal.SIGUSR2)  # its stacks go to its log
+        return Failure("hung", f"rank {rank.number} hung {where}; its stacks are in rank-{rank.number}.log", self.step)
+
+    def _failures(self, hung: list[Rank]) -> list[Failure]:
+        """What went wrong, causes before consequences."""
+        causes, consequences = [], []
+        for rank in self.ranks:
+            error = rank.error
+            if error is not None and error["kind"] != "peer":
+                causes.append(_from_error(rank, error))
+            elif error is not None:
+                cause = f"rank {rank.number} lost its peers: {error['error'].splitlines()[0]}"
+                consequences.append(Failure("exited", cause, error["step"]))
+            elif rank.is_gone and rank.done is None and rank not in hung:
+                causes.append(self._from_exit(rank))
+        return causes + ([] if hung else consequences)
+
+    def _from_exit(self, rank: Rank) -> Failure:
+        status = self._node.zygote.wait(rank.child, GRACE_S)
+        beat = self.control.last_beat(rank.local)
+        where = beat.place if beat else "before its first step"
+        if status is not None and status < 0:
+            return Failure("killed", f"rank {rank.number} was killed by {_signal_name(-status)} {where}", self.step)
+        cause = f"rank {rank.number} left with exit code {status} {where}, before the work was done"
+        return Failure("exited", cause, self.step)
+
+    def _snapshot_step(self) -> int | None:
+        with contextlib.suppress(StorageError):
+            return Snapshot.open(self._node.snapshot_path).step
+        return None
+
+    def _rescue(self, turn: Callable[[float], None]) -> int | None:
+        """Let the survivor that came furthest copy its state; returns the step the snapshot then holds."""
+        held = self._snapshot_step()
+        if self.control.writing_step:
+            return held  # the writer is reading it; what it holds is good
+        survivors = [r for r in self.ranks if r.error is not None and r.error.get("can_rescue") and not r.is_gone]
+        best = max(survivors, key=lambda r: r.error["step"], default=None)  # type: ignore[index]
+        if best is None or best.error is None or (held is not None and best.error["step"] <= held):
+            return held
+        send(best.channel, {"rescue": True})
+        _wait(turn, lambda: best.rescued is not None or best.is_gone, RESCUE_S)
+        return self._snapshot_step()
+
+    # -- ranks ---------------------------------------------------------------------------------------------
+
+    def _fork(self, local: int, restore: Mapping[str, Any]) -> Rank:
+        node, workers = self._node, self._node.plan.workers
+        number = node.number * workers.per_node + local
+        ours, theirs = pair()
+        args = {
+            "run": str(node.run_path),
+            "node": node.number,
+            "rank": number,
+            "world": workers.total,
+            "local_rank": local,
+            "local_world": workers.per_node,
+            "generation": self._generation,
+            "restore": dict(restore),
+            "snapshot": str(node.snapshot_path),
+            "control": str(node.control_path),
+            "host": node.store_host,
+            "port": node.store_port,
+        }
+        log_path = node.run_path / "logs" / f"rank-{number}.log"
+        with open(log_path, "ab", buffering=0) as log:
+            with contextlib.suppress(OSError):
+                log.write(f"--- attempt {self._generation}, from step {restore['step']} ---\n".encode())
+            child = node.zygote.fork("dtrain.runtime.rank:main", args, [theirs.fileno()], log.fileno(), f"rank-{number}")
+        theirs.close()
+        rank = Rank(number, local, child, ours)
+        node.selector.register(ours, selectors.EVENT_READ, lambda: self._read(rank))
+        node.selector.register(child.pidfd, selectors.EVENT_READ, lambda: self._gone(rank))
+        return rank
+
+    def _read(self, rank: Rank) -> None:
+        message = receive(rank.channel)
+        if message is None:
+            self._unregister(rank.channel)
+        elif "error" in message:
+            rank.error = message
+        elif "done" in message:
+            rank.done = message["done"]
+        elif "rescued" in message:
+            rank.rescued = message["rescued"]
+        else:
+            rank.is_ready = rank.is_ready or "ready" in message
+            self._on_message(rank, message)
+
+    def _gone(self, rank: Rank) -> None:
+        self._unregister(rank.child.pidfd)
+        # Its last words may still lie in the channel.
+        while rank.channel.fileno() in self._node.selector.get_map():
+            self._read(rank)
+        rank.is_gone = True
+
+    def _unregister(self, file: Any) -> None:
+        with contextlib.suppress(KeyError, ValueError):
+            self._node.selector.unregister(file)
+
+    def _end(self) -> None:
+        for rank in self.ranks:
+            if rank.done is None:
+                rank.child.kill()
+        for rank in self.ranks:
+            if self._node.zygote.wait(rank.child, GRACE_S) is None:
+                rank.child.kill()
+                self._node.zygote.wait(rank.child, GRACE_S)
+            self._unregister(rank.channel)
+            self._unregister(rank.child.pidfd)
+            rank.channel.close()
+            os.close(rank.child.pidfd)
+
+
+def _from_error(rank: Rank, error: Mapping[str, Any]) -> Failure:
+    kind = error["kind"] if error["kind"] in ("diverged", "memory") else "error"
+    first = str(error["error"]).splitlines()[0][:500]
+    advice = {
+        "memory": "; lower batch.micro or turn on train.activation_checkpointing",
+        "diverged": "",
+    }.get(kind, "")
+    cause = f"rank {rank.number}, step {error['step'] + 1}: {error['class']}: {first}{advice}"
+    known = error["kind"] if error["kind"] in ("input", "storage") else "training"
+    return Failure(kind, cause, error["step"], detail=error["detail"], error_kind=known)
+
+
+def _wait(turn: Callable[[float], None], until: Callable[[], bool], timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not until() and time.monotonic() < deadline:
+        turn(min(0.01, timeout_s))
+
+
+def _is_stopped(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] in ("T", "t")
+
+
+def _signal_name(number: int) -> str:
+    with contextlib.suppress(ValueError):
+        return signal.Signals(number).name
+    return f"signal {number}"

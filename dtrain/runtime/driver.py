@@ -1,0 +1,389 @@
+"""One per run: holds the lease, reserves the run's resources with Ray, hosts the agent, and keeps the record.
+
+A Ray job of its own, in its own session: it outlives the terminal that submitted it. On the embedded cluster a
+driver waits, already connected, for the next run, so that a submit does not pay for an interpreter and `ray.init`.
+
+    python -m dtrain.runtime.driver --run FOLDER ...       drive this run
+    python -m dtrain.runtime.driver --wait ...             wait in the cluster's folder for the next one
+"""
+
+import argparse
+import contextlib
+import os
+import secrets
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+from typing import Any
+
+from dtrain import fingerprint
+from dtrain.errors import ClusterError, DtrainError, StorageError, from_kind
+from dtrain.plan import Plan
+from dtrain.runs import ENDED, Record, Run
+from dtrain.runs import Attempt as AttemptRecord
+from dtrain.runtime import retry
+from dtrain.runtime.hosts import AgentHost, EmbeddedHost, PlacedHost
+from dtrain.runtime.reservation import Reservation, answers, connect
+from dtrain.runtime.retry import Failure
+from dtrain.runtime.zygote import Zygote, warm_up
+
+LEASE_WAIT_S = 10.0
+POLL_S = 0.1
+HEAD_CHECK_S = 1.0
+LAST_WORDS_S = 120.0
+"""How long an agent gets to put the state on storage when it must end."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    command = [sys.executable, "-m", "dtrain.runtime.driver", *_common(arguments)]
+    waiting_command = [*command, "--wait"]
+    until = os.pidfd_open(arguments.until) if arguments.until else -1
+    ray: Any = None
+    run_path = arguments.run
+    try:
+        warm_up(arguments.folder, arguments.until)  # imports torch while this process joins Ray
+        if arguments.wait:
+            ray = connect(arguments.address, arguments.token, "waiting for a run")
+            Zygote.connect(arguments.folder, arguments.until).close()
+            run_path = _await_run(arguments.folder, until)
+            if run_path is None:
+                return 0
+        with open(Path(run_path) / "logs" / "driver.log", "ab", buffering=0) as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+        driver = Driver(Run(Path(run_path)), arguments, [*command, "--run", str(run_path)], until)
+        driver.drive(ray)
+        return 0
+    except DtrainError as error:
+        print(error.message, file=sys.stderr)
+        return error.exit_code
+    finally:
+        if arguments.spare and not (arguments.wait and run_path is None) and _is_alive(until):
+            subprocess.Popen(waiting_command, stdin=subprocess.DEVNULL, start_new_session=True, stderr=_log(arguments))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if ray is not None or run_path is not None:
+            os._exit(0)  # Ray's own shutdown takes a second, and longer when its head is gone
+
+
+class Driver:
+    """Drives one run from its lease to its end."""
+
+    def __init__(self, run: Run, arguments: argparse.Namespace, command: list[str], until: int) -> None:
+        self._run, self._arguments, self._command, self._until = run, arguments, command, until
+        self._plan: Plan = run.plan
+        self._attempts: list[dict[str, Any]] = []
+        self._agents: dict[int, Connection] = {}
+        self._store: list[Any] | None = None
+        self._end: dict[str, Any] | None = None
+        self._stop: str | None = None
+        self._is_stop_sent = False
+        self._cluster_lost: str | None = None
+        self._next_check = 0.0
+        self._new: list[Connection] = []
+        self._lease = -1
+
+    def drive(self, ray: Any) -> None:
+        """Run to the end; whatever happens is in the record before this returns."""
+        self._lease = self._acquire()
+        signal.signal(signal.SIGTERM, lambda *_: self._ask_to_stop("the cluster, which is being taken down"))
+        record = self._run.stored_record()
+        if record.state in ENDED:
+            return
+        self._attempts = [a.model_dump() for a in record.attempts]
+        self._update(driver_pid=os.getpid(), state="queued", cause="waiting for resources", ended_at=None)
+        marker = self._arguments.folder / "drivers" / str(os.getpid())
+        reservation = None
+        try:
+            marker.parent.mkdir(exist_ok=True)
+            marker.write_text(str(self._run.path))
+            ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
+            reservation = Reservation(ray, self._plan, self._run.id)
+            if self._await_resources(reservation):
+                self._host(reservation)
+        except DtrainError as error:
+            self._end = {"state": "failed", "error_kind": error.kind, "error": error.message, "cause": error.message}
+        except Exception as error:
+            text = traceback.format_exc()
+            print(text, file=sys.stderr)
+            cause = f"dtrain's driver failed: {type(error).__name__}: {error}"
+            self._end = {"state": "failed", "error_kind": "internal", "error": text, "cause": cause}
+        finally:
+            self._finish()
+            if reservation is not None and self._cluster_lost is None:
+                reservation.release()
+            with contextlib.suppress(OSError):
+                marker.unlink()
+
+    # -- waiting -------------------------------------------------------------------------------------------
+
+    def _acquire(self) -> int:
+        deadline = time.monotonic() + LEASE_WAIT_S
+        while True:
+            try:
+                return self._run.acquire()
+            except StorageError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.1)
+
+    def _await_resources(self, reservation: Reservation) -> bool:
+        told = ""
+        while not reservation.is_ready(0.5 if told else 2.0):
+            self._look_around()
+            if self._cluster_lost:
+                raise ClusterError(self._cluster_lost)
+            if self._stop is not None:
+                self._end = {"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} while queued"}
+                return False
+            why = reservation.why_waiting()
+            if why != told:
+                told = why
+                self._update(cause=why)
+                self._run.event("waiting", message=why)
+        return True
+
+    # -- hosting -------------------------------------------------------------------------------------------
+
+    def _host(self, reservation: Reservation) -> None:
+        secret = secrets.token_bytes(32)
+        address = self._arguments.address.rpartition(":")[0]
+        listener = Listener((address, 0), backlog=64, authkey=secret)
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        earlier = [_failure_of(a) for a in self._attempts if a["failure"]]
+        try:
+            while self._end is None:
+                host = self._make_host(reservation, listener.address, secret)
+                try:
+                    lost = self._serve(host)
+                finally:
+                    host.close()
+                if lost is None:
+                    return
+                decision = retry.decide(lost, earlier, self._plan.retry)
+                earlier.append(lost)
+                self._close_attempt(lost)
+                self._run.event("failure", message=lost.cause, kind="agent", retry=decision.again)
+                if not decision.again:
+                    self._end = {"state": "failed", "error_kind": "retries-exhausted", "cause": decision.reason}
+                    return
+                self._update(state="recovering", cause=lost.cause)
+        finally:
+            listener.close()
+
+    def _make_host(self, reservation: Reservation, address: Any, secret: bytes) -> AgentHost:
+        args = {
+            "run": str(self._run.path),
+            "attempts": self._attempts,
+            "driver": list(address),
+            "secret": secret.hex(),
+            "host": address[0],
+        }
+        self._agents, self._store, self._is_stop_sent = {}, None, False
+        if self._plan.workers.num_nodes > 1:
+            return PlacedHost(args, self._plan, reservation)
+        args["driver_command"] = self._command
+        return EmbeddedHost(args, self._arguments.folder, self._arguments.until, self._lease)
+
+    def _serve(self, host: AgentHost) -> Failure | None:
+        """Relay until the agent has said how it came out (None), or is gone (the failure)."""
+        dying: float | None = None
+        while True:
+            for agent in self._new[:]:
+                self._new.remove(agent)
+                self._agents[-id(agent)] = agent
+            ready = wait([*self._agents.values(), *host.sentinels()], timeout=POLL_S)
+            for key, agent in list(self._agents.items()):
+                if agent in ready:
+                    self._read(key, agent)
+            self._look_around()
+            if self._stop is not None and 0 in self._agents and not self._is_stop_sent:
+                self._is_stop_sent = True
+                self._update(state="stopping", cause=f"stopping: asked by {self._stop}")
+                with contextlib.suppress(OSError):
+                    self._agents[0].send({"stop": self._stop})
+            if self._end is not None and not host.is_alive():
+                return None
+            if host.is_alive() or self._new:
+                dying = None
+                continue
+            # Its last message may still be on the way.
+            dying = dying or time.monotonic() + 1.0
+            if not self._agents or time.monotonic() > dying:
+                return None if self._end is not None else Failure("agent", host.how_it_ended(), self._step())
+
+    def _read(self, key: int, agent: Connection) -> None:
+        try:
+            message = agent.recv()
+        except (EOFError, OSError):
+            self._agents.pop(key, None)
+            return
+        if "hello" in message:
+            self._agents.pop(key, None)
+            self._agents[message["hello"]] = agent
+            if self._store is not None and message["hello"] != 0:
+                agent.send({"store": self._store})
+        elif "store" in message:
+            self._store = list(message["store"])
+            for node, follower in self._agents.items():
+                if node > 0:
+                    follower.send({"store": self._store})
+        elif "record" in message:
+            changes = message["record"]
+            if "attempts" in changes:
+                self._attempts = changes["attempts"]
+                changes["attempts"] = tuple(AttemptRecord.model_validate(a) for a in self._attempts)
+            if changes.get("state") == "running" and self._run.stored_record().started_at is None:
+                changes["started_at"] = time.time()
+            if self._stop is not None:
+                changes.pop("state", None)
+            self._update(**changes)
+        elif "end" in message and (self._end is None or key == 0):
+            self._end = message["end"]
+
+    def _accept(self, listener: Listener) -> None:
+        while True:
+            try:
+                self._new.append(listener.accept())
+            except OSError:
+                return  # closed
+            except Exception as error:  # somebody without the secret
+                print(f"a connection was refused: {error}", file=sys.stderr)
+
+    # -- looking around --------------------------------------------------------------------------------------
+
+    def _look_around(self) -> None:
+        now = time.monotonic()
+        if now < self._next_check:
+            return
+        self._next_check = now + (HEAD_CHECK_S if self._cluster_lost else 0.2)
+        if self._stop is None and (who := self._run.stop_requested) is not None:
+            self._stop = who
+        if self._cluster_lost is None and not self._head_is_there():
+            self._cluster_lost = f"the Ray head at {self._arguments.address} is gone"
+            self._run.event("cluster-lost", message=f"{self._cluster_lost}: writing a last checkpoint")
+            self._stop = self._stop or self._cluster_lost
+
+    def _head_is_there(self) -> bool:
+        return _is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
+
+    def _ask_to_stop(self, who: str) -> None:
+        self._stop = self._stop or who
+
+    # -- the record ------------------------------------------------------------------------------------------
+
+    def _step(self) -> int:
+        lines = self._run.metrics()[-1:]
+        return int(lines[0].get("step", 0)) if lines else 0
+
+    def _close_attempt(self, failure: Failure) -> None:
+        if self._attempts and self._attempts[-1]["ended_at"] is None:
+            self._attempts[-1] |= {
+                "ended_at": time.time(),
+                "cause": failure.cause,
+                "failure": failure.kind,
+                "last_step": failure.step,
+            }
+            self._update(attempts=tuple(AttemptRecord.model_validate(a) for a in self._attempts))
+
+    def _update(self, **changes: Any) -> None:
+        try:
+            self._run.update(**changes)
+        except StorageError as error:  # a full disk must not end the run
+            print(error.message, file=sys.stderr)
+
+    def _finish(self) -> None:
+        end = self._end or {"state": "failed", "error_kind": "internal", "cause": "the driver ended without a result"}
+        if self._cluster_lost and end["state"] == "stopped":
+            cause = f"{self._cluster_lost}; `dtrain resume {self._run.id}` goes on from the last checkpoint"
+            end = {**end, "state": "failed", "error_kind": "cluster", "error": cause, "cause": cause}
+        kind = end.get("error_kind")
+        changes: dict[str, Any] = {
+            "state": end["state"],
+            "cause": end["cause"],
+            "error_kind": kind,
+            "error": end.get("error") or (end["cause"] if kind else None),
+            "outcome": end.get("outcome") or {},
+            "exit_code": from_kind(kind, "").exit_code if kind else 0,
+            "ended_at": time.time(),
+        }
+        for _ in range(50):  # the one write that must not be lost: wait a little for space
+            try:
+                final: Record = self._run.update(**changes)
+            except StorageError as error:
+                print(error.message, file=sys.stderr)
+                time.sleep(0.2)
+            else:
+                print(f"{final.state}: {final.cause}", file=sys.stderr)
+                return
+
+
+# -- the waiting driver ------------------------------------------------------------------------------------
+
+
+def _await_run(folder: Path, until: int) -> Path | None:
+    """Serve a socket until somebody hands over a run folder; None when the cluster ends first."""
+    path = folder / f"driver-{fingerprint.of_code()}-{os.getpid()}.sock"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(str(path))
+        listener.listen(4)
+        try:
+            while True:
+                ready, _, _ = select.select([listener, until] if until >= 0 else [listener], [], [])
+                if listener not in ready:
+                    return None
+                connection, _ = listener.accept()
+                with connection:
+                    word = connection.recv(4096).decode()
+                    if word == "leave":
+                        return None
+                    if word:
+                        connection.send(b"taken")
+                        return Path(word)
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _is_alive(pidfd: int) -> bool:
+    return pidfd < 0 or not select.select([pidfd], [], [], 0)[0]
+
+
+def _log(arguments: argparse.Namespace) -> Any:
+    return open(arguments.folder / "drivers.log", "ab")
+
+
+def _failure_of(attempt: dict[str, Any]) -> Failure:
+    return Failure(attempt["failure"], attempt["cause"] or "", attempt["last_step"] or 0)
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Drive a run.")
+    parser.add_argument("--run", type=Path, help="the run folder")
+    parser.add_argument("--wait", action="store_true", help="wait for a run to be handed over")
+    parser.add_argument("--address", required=True, help="host:port of the Ray head")
+    parser.add_argument("--token", type=Path, help="file with Ray's authentication token")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of sockets on this node")
+    parser.add_argument("--until", type=int, default=0, help="process not to outlive")
+    parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
+    return parser.parse_args(argv)
+
+
+def _common(arguments: argparse.Namespace) -> list[str]:
+    words = ["--address", arguments.address, "--folder", str(arguments.folder), "--until", str(arguments.until)]
+    words += ["--token", str(arguments.token)] if arguments.token else []
+    return words + (["--spare"] if arguments.spare else [])
+
+
+if __name__ == "__main__":
+    from dtrain.runtime import driver
+
+    sys.exit(driver.main())

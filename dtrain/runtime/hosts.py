@@ -1,0 +1,142 @@
+"""Who hosts the agents: whoever already holds the node. The driver itself on one node, Ray Train's workers on several."""
+
+import os
+import tempfile
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from dtrain.checkpoint.shared_memory import prefix
+from dtrain.plan import Plan
+from dtrain.runtime.reservation import Reservation
+from dtrain.runtime.zygote import Zygote
+
+
+class AgentHost(Protocol):
+    """The agents of a run, as the driver sees them."""
+
+    def sentinels(self) -> list[int]:
+        """Descriptors that turn readable when something has ended."""
+
+    def is_alive(self) -> bool: ...
+
+    def how_it_ended(self) -> str:
+        """One sentence about an agent that is gone."""
+
+    def close(self) -> None: ...
+
+
+class EmbeddedHost:
+    """One node: the driver forks the agent from this machine's zygote."""
+
+    def __init__(self, args: Mapping[str, Any], folder: Path, until: int, lease: int) -> None:
+        self._zygote = Zygote.connect(folder, until)
+        self._child = fork_agent(self._zygote, {**args, "node": 0}, folder, until, [lease])
+
+    def sentinels(self) -> list[int]:
+        return [self._child.pidfd]
+
+    def is_alive(self) -> bool:
+        return self._child.is_alive
+
+    def how_it_ended(self) -> str:
+        status = self._zygote.wait(self._child, 1.0)
+        return f"the agent (pid {self._child.pid}) {_ending(status)}"
+
+    def close(self) -> None:
+        self._child.kill()
+        self._zygote.wait(self._child, 5.0)
+        self._zygote.close()
+        os.close(self._child.pidfd)
+
+
+class PlacedHost:
+    """Several nodes: Ray Train v2 places one worker a node, and that worker hosts the node's agent."""
+
+    def __init__(self, args: Mapping[str, Any], plan: Plan, reservation: Reservation) -> None:
+        self._problem = ""
+        reservation.release()  # Ray Train makes its own, of the same shape
+        self._thread = threading.Thread(target=self._fit, args=(dict(args), plan), daemon=True)
+        self._read, self._write = os.pipe2(os.O_CLOEXEC)
+        self._thread.start()
+
+    def _fit(self, args: dict[str, Any], plan: Plan) -> None:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.data_parallel_trainer import DataParallelTrainer
+
+        trainer = DataParallelTrainer(
+            host_on_node,
+            train_loop_config=args,
+            scaling_config=ScalingConfig(
+                num_workers=plan.workers.num_nodes,
+                resources_per_worker=plan.workers.resources,
+                placement_strategy="STRICT_SPREAD",
+                use_gpu=plan.workers.device == "cuda",
+            ),
+            run_config=RunConfig(
+                name="ray-train",
+                storage_path=str(Path(args["run"]) / "logs"),
+                failure_config=FailureConfig(max_failures=0),
+            ),
+        )
+        try:
+            trainer.fit()
+        except Exception as error:
+            self._problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+        finally:
+            os.close(self._write)
+
+    def sentinels(self) -> list[int]:
+        return [self._read]
+
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def how_it_ended(self) -> str:
+        return f"a node or its agent was lost ({self._problem or 'Ray Train ended early'})"
+
+    def close(self) -> None:
+        self._thread.join(timeout=30.0)
+        os.close(self._read)
+
+
+def host_on_node(args: dict[str, Any]) -> None:
+    """What Ray Train's worker runs on each node: start the node's zygote, fork the agent, stay until it has ended."""
+    from ray import train, util
+
+    node = train.get_context().get_world_rank()
+    folder = Path(tempfile.gettempdir()) / f"dtrain-{os.getuid()}" / f"node-{os.getppid()}"
+    until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
+    zygote = Zygote.connect(folder, until)
+    args = {**args, "node": node, "host": util.get_node_ip_address()}
+    child = fork_agent(zygote, args, folder, until, [])
+    try:
+        while zygote.wait(child, 3600.0) is None:
+            pass
+        if child.status:
+            raise RuntimeError(f"the agent of node {node} {_ending(child.status)}")
+    finally:
+        child.kill()
+
+
+def fork_agent(zygote: Zygote, args: Mapping[str, Any], folder: Path, until: int, descriptors: list[int]) -> Any:
+    """Fork an agent; `descriptors` are kept open in it (the lease of the run)."""
+    node = args["node"]
+    full = {**args, "zygote_folder": str(folder), "until": until}
+    with open(Path(args["run"]) / "logs" / f"agent-{node}.log", "ab") as log:
+        return zygote.fork(
+            "dtrain.runtime.agent:main",
+            full,
+            descriptors,
+            log.fileno(),
+            f"agent-{node}",
+            outlive=True,
+            cleanup=prefix(Path(args["run"]), node) + "-*",
+        )
+
+
+def _ending(status: int | None) -> str:
+    if status is None:
+        return "is gone"
+    return f"was killed by signal {-status}" if status < 0 else f"left with exit code {status}"

@@ -1,0 +1,236 @@
+"""One worker: joins the others, restores its state, and runs the loop. Forked from the zygote by the agent.
+
+    rank -> agent                                   agent -> rank
+    {"ready": step}        state restored
+    {"metrics": {...}}     worker 0 only
+    {"checkpoint": step}   worker 0 only: the snapshot of this step may be written
+    {"done": {...}}        the loop came to its end, or left when asked to
+    {"error": ..., ...}    an exception; waits  ->  {"rescue": true} copy the state to the snapshot, or killed
+    {"rescued": step}
+"""
+
+import faulthandler
+import functools
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dtrain import component
+from dtrain.checkpoint import store
+from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.data import cache
+from dtrain.errors import DtrainError, InputError, StorageError
+from dtrain.messages import receive, send
+from dtrain.plan import Plan
+from dtrain.runtime import rendezvous
+from dtrain.runtime.control import Control
+from dtrain.runs import Run
+from dtrain.training import loop
+from dtrain.training.optim import build_optimizer
+from dtrain.training.seeds import seed_everything
+
+
+class Keeper:
+    """Looks after the loop in the name of the agent: signs of life, snapshots, the agreed moment to leave."""
+
+    def __init__(self, plan: Plan, control: Control, channel: socket.socket, place: loop.Place, local_rank: int) -> None:
+        self._plan, self._control, self._channel, self._place = plan, control, channel, place
+        self._local_rank = local_rank
+        self._is_leader = local_rank == 0
+        self._snapshot: Snapshot | None = None
+        self._share: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.completed = 0
+        """Steps whose update is whole in this worker's memory."""
+        self.is_updating = False
+
+    def attach(self, snapshot: Snapshot, state: Mapping[str, torch.Tensor], completed: int) -> None:
+        self._snapshot = snapshot
+        self._share = snapshot.share(self._local_rank, state)
+        self.completed = completed
+
+    def beat(self, step: int, micro: int, place: int) -> None:
+        self.is_updating = place == loop.UPDATE
+        self._control.beat(self._local_rank, step, micro, place)
+
+    def begin_step(self, step: int) -> None:
+        if not self._is_leader:
+            return
+        if self._control.stop and not self._control.last_step:
+            self._control.last_step = step
+        if step % self._plan.checkpoint.snapshot_every_steps == 0 and not self._control.writing_step:
+            self._control.snapshot_step = step
+
+    def end_step(self, step: int) -> bool:
+        self.completed, self.is_updating = step, False
+        control = self._control
+        leave = control.last_step == step
+        if leave or self.wants_checkpoint(step):
+            self._await_writer(step)
+        if control.snapshot_step == step and self._snapshot is not None:
+            control.beat(self._local_rank, step, 0, loop.SNAPSHOT)
+            self._snapshot.write_share(self._local_rank, step, self._share)
+        return leave
+
+    def _await_writer(self, step: int) -> None:
+        """Wait until the snapshot is free: the writer may still be reading the one before."""
+        control = self._control
+        while (control.writing_step != 0) if self._is_leader else (control.snapshot_step != step):
+            control.beat(self._local_rank, step, 0, loop.SNAPSHOT)
+            time.sleep(0.0005)
+        if self._is_leader:
+            control.writing_step = step
+            control.snapshot_step = step
+
+    def wants_checkpoint(self, step: int) -> bool:
+        return step % (self._plan.checkpoint.every_steps or self._plan.train.steps) == 0 or step == self._plan.train.steps
+
+    def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
+        if self._is_leader and self._control.writing_step == step:
+            send(self._channel, {"checkpoint": step, "metrics": dict(held_out or {})})
+
+    def report(self, step: int, metrics: Mapping[str, Any]) -> None:
+        if self._place.worker == 0:
+            send(self._channel, {"metrics": {"step": step, **metrics}})
+
+
+def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
+    """Entry of a rank: `args` as the agent's `Attempt` writes them, `descriptors` [channel]."""
+    channel = socket.socket(fileno=descriptors[0])
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR2, all_threads=True)  # the agent asks a hung rank where it is
+    keeper: Keeper | None = None
+    rescue: tuple[Snapshot, dict[str, torch.Tensor]] | None = None
+    try:
+        plan = Run(Path(args["run"])).plan
+        place = _place(plan, args)
+        plan.batch.check(place.num_workers)
+        control = Control.open(Path(args["control"]))
+        keeper = Keeper(plan, control, channel, place, args["local_rank"])
+        keeper.beat(0, 0, loop.STARTING)
+        rendezvous.join(plan, args, place)
+        task, prepared, source = _build(plan, place)
+        snapshot = Snapshot.create(Path(args["snapshot"]), prepared.state, args["local_world"])
+        start = _restore(args["restore"], prepared.state, snapshot, args, plan)
+        keeper.attach(snapshot, prepared.state, start)
+        if prepared.is_replicated and place.device.type == "cpu":
+            rescue = snapshot, prepared.state
+        keeper.beat(start, 0, loop.STARTING)
+        send(channel, {"ready": start})
+        outcome = loop.train(plan, task, prepared, source, place, start, keeper)
+    except BaseException as error:
+        traceback.print_exc()
+        sys.stderr.flush()
+        _report(channel, error, keeper)
+        while (order := receive(channel)) is not None:
+            if order.get("rescue") and keeper is not None and rescue is not None:
+                rescue[0].write_whole(keeper.completed, rescue[1])
+                send(channel, {"rescued": keeper.completed})
+        os._exit(1)
+    send(channel, {"done": outcome})
+    sys.stdout.flush()
+    # Nothing is left to tidy that the agent does not tidy: leaving at once cannot hang in a collective's shutdown.
+    os._exit(0)
+
+
+def prepare(args: dict[str, Any], descriptors: Sequence[int]) -> int:
+    """Entry of the process that readies the data of a node before its ranks start."""
+    channel = socket.socket(fileno=descriptors[0])
+    plan = Run(Path(args["run"])).plan
+    torch.set_num_threads(max(1, plan.workers.threads * plan.workers.per_node))
+    try:
+        module: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
+        module.prepare(plan.data, cache.folder())
+    except InputError as error:
+        send(channel, {"error": error.message, "class": "InputError", "kind": "input"})
+        return 1
+    except BaseException as error:
+        traceback.print_exc()
+        send(channel, {"error": str(error), "class": type(error).__name__, "kind": "error", "detail": _text(error)})
+        return 1
+    send(channel, {"done": {}})
+    return 0
+
+
+def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
+    if plan.workers.device == "cuda":
+        torch.cuda.set_device(args["local_rank"])
+        device = torch.device("cuda", args["local_rank"])
+        torch.backends.cuda.matmul.allow_tf32 = True
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(plan.workers.threads)
+    return loop.Place(args["rank"], args["world"], device)
+
+
+def _build(plan: Plan, place: loop.Place) -> tuple[Any, Any, Any]:
+    seed_everything(plan.train.seed)
+    data: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
+    model: Any = component.load("models", plan.model.name)  # type: ignore[attr-defined]
+    strategy: Any = component.load("strategies", plan.strategy.name)  # type: ignore[attr-defined]
+    source = data.open(plan.data, cache.folder())
+    task = model.build(plan.model, data.describe(plan.data), plan.train)
+    prepared = strategy.prepare(task, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
+    return task, prepared, source
+
+
+def _restore(
+    restore: Mapping[str, Any], state: Mapping[str, torch.Tensor], snapshot: Snapshot, args: Mapping[str, Any], plan: Plan
+) -> int:
+    """Put the state back; returns the steps already done."""
+    source, step = restore["from"], int(restore["step"])
+    if source == "checkpoint":
+        store.read_into(Path(restore["path"]), state)
+    elif source == "snapshot":
+        if args["node"] == restore["node"]:
+            held = snapshot.read_into(state)
+            if held != step:
+                raise StorageError(f"the snapshot holds step {held} where step {step} was agreed")
+        if plan.workers.num_nodes > 1:
+            sender = int(restore["node"]) * plan.workers.per_node
+            for tensor in state.values():
+                dist.broadcast(tensor.detach(), src=sender)
+    return step
+
+
+def _report(channel: socket.socket, error: BaseException, keeper: Keeper | None) -> None:
+    kind = "error"
+    if isinstance(error, DtrainError):
+        kind = error.kind
+    elif isinstance(error, MemoryError | torch.OutOfMemoryError):
+        kind = "memory"
+    elif rendezvous.is_peer_loss(error):
+        kind = "peer"
+    can_rescue = keeper is not None and keeper.completed > 0 and not keeper.is_updating
+    send(
+        channel,
+        {
+            "error": str(error) or type(error).__name__,
+            "class": type(error).__name__,
+            "kind": kind,
+            "detail": _text(error),
+            "step": keeper.completed if keeper else 0,
+            "can_rescue": can_rescue,
+        },
+    )
+
+
+def _text(error: BaseException) -> str:
+    """The traceback as the user knows it: without dtrain's own frames where the user's code was reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = str(Path(__file__).resolve().parent.parent)
+    foreign = [f for f in frames if not f.filename.startswith(own) and "/site-packages/" not in f.filename]
+    kept = traceback.StackSummary.from_list(frames)
+    if foreign:
+        first = next(i for i, f in enumerate(frames) if f in foreign)
+        kept = traceback.StackSummary.from_list(frames[first:])
+    lines = ["Traceback (most recent call last):\n", *kept.format(), *traceback.format_exception_only(error)]
+    return "".join(lines)
