@@ -1,13 +1,14 @@
-# make run    train jobs/gpt_small.yaml on this machine, from nothing but Python and a C compiler
-# make test   the same set-up, then the tests
-# make check  lint, format, types, layers
-# make bench  speed and memory against the stated targets
+# make run       train jobs/gpt_small.yaml on this machine, from nothing but Python and a C compiler
+# make test      the same set-up, then the tests
+# make check     lint, format, types, layers
+# make bench     speed and memory against the stated targets
+# make generate  the schemas and the table of options, after an option has changed
 
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: run test check bench install clean
+.PHONY: run test check bench generate install clean
 
 run: $(STAMP)
 	$(BIN)/dtrain submit jobs/gpt_small.yaml
@@ -23,6 +24,9 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.benchmarks
+
+generate: $(STAMP)
+	$(BIN)/python -m dtrain.spec.schema
 
 install: $(STAMP)
 

@@ -2,6 +2,8 @@
 
 Each extensible folder states its contract in its `__init__.py`. A component file declares its options in a
 class named `Options` and imports torch or ray inside functions only, so that reading and planning need neither.
+`dtrain.spec` and what lies above it (`plan`, `runs`) are made of these options: a component file imports them
+inside functions or for type checking only.
 """
 
 import difflib

@@ -130,7 +130,7 @@ def _yaml_files(folder: Path) -> list[Path]:
 
 def _text(path: str | Path) -> str:
     try:
-        with open(path, "rb") as file:  # noqa: PTH123 -- Path refuses no more than open does
+        with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         raise InputError(f"{path}: there is no such file{near_files(path)}") from None

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from pydantic.fields import FieldInfo
@@ -35,8 +36,20 @@ def reference(kind: str) -> str:
     for key, field in words.fields(spec).items():
         for name, component in words.components(words.annotation_of(field)).items():
             rows = _table(component, f"{key}.")
-            parts.append(f"#### `{key}: {{name: {name}}}`\n\n{(component.__doc__ or '').strip()}\n\n{rows}".rstrip())
+            parts.append(f"### `{key}: {{name: {name}}}`\n\n{(component.__doc__ or '').strip()}\n\n{rows}".rstrip())
     return "\n\n".join(parts) + "\n"
+
+
+def generated() -> dict[str, str]:
+    """What the repository keeps of this, by path: `make generate` writes it, a test compares it."""
+    options = [
+        "# Every key of a job and of a cluster file\n",
+        "Written by `make generate` from the sentences beside the options in the code.\n",
+        f"## Job file\n\n{reference('job')}",
+        f"## Cluster file\n\n{reference('cluster')}",
+    ]
+    schemas = {f"{kind}s/{kind}.schema.json": schema_text(kind) for kind in SPECS}
+    return {**schemas, "docs/options.md": "\n".join(options)}
 
 
 class _Generator(GenerateJsonSchema):
@@ -91,3 +104,9 @@ def _default(field: FieldInfo) -> str:
 
 def _escape(cell: str) -> str:
     return cell.replace("|", "\\|").replace("\n", " ")
+
+
+if __name__ == "__main__":
+    for path, text in generated().items():
+        Path(path).parent.mkdir(exist_ok=True)
+        Path(path).write_text(text, encoding="utf-8")
