@@ -1,4 +1,4 @@
-"""One short word for the interpreter and the code of dtrain that a process runs: warm processes of older code are left."""
+"""One short word for the interpreter and dtrain's code: a warm process of older code is never used."""
 
 import hashlib
 import sys

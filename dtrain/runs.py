@@ -1,15 +1,15 @@
 """What happened: the run folder, its record, events and metrics, and the lease that gives it one owner.
 
-    runs/<run>/
-      job.yaml         what was asked          plan.json       what was decided
-      run.json         the record: state, cause, attempts, exit code; replaced whole, by the lease's owner only
-      events.jsonl     every change of state and its cause, one JSON object a line
-      metrics.jsonl    what training measured, one JSON object a line
-      logs/            driver.log, agent-0.log, rank-0.log, ...; survive everything
-      tensorboard/     event files
-      checkpoints/     step-00000100/, ...
-      lease            locked while a driver or its agent lives
-      stop             exists once somebody asked the run to stop
+runs/<run>/
+  job.yaml         what was asked          plan.json       what was decided
+  run.json         the record: state, cause, attempts, exit code; replaced whole, by the lease's owner only
+  events.jsonl     every change of state and its cause, one JSON object a line
+  metrics.jsonl    what training measured, one JSON object a line
+  logs/            driver.log, agent-0.log, rank-0.log, ...; survive everything
+  tensorboard/     event files
+  checkpoints/     step-00000100/, ...
+  lease            locked while a driver or its agent lives
+  stop             exists once somebody asked the run to stop
 """
 
 import contextlib
@@ -23,8 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
+from pydantic import Field
+
 from dtrain.component import Options, suggestion
-from dtrain.errors import DtrainError, InputError, StorageError, Stopped
+from dtrain.errors import DtrainError, InputError, Stopped, StorageError
 from dtrain.plan import Plan
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
@@ -74,7 +78,7 @@ class Record(Options):
     """How often a driver was started for it."""
     attempts: tuple[Attempt, ...] = ()
     driver_pid: int | None = None
-    outcome: dict[str, Any] = {}
+    outcome: dict[str, Any] = Field(default={})
     """What the run came to: final metrics, yardsticks, a sample."""
 
     @property
@@ -127,10 +131,15 @@ class Run:
         return stored.model_copy(update={"state": "lost", "cause": cause, "error_kind": "cluster", "exit_code": 5})
 
     def stored_record(self) -> Record:
+        path = self.path / "run.json"
         try:
-            return Record.model_validate_json((self.path / "run.json").read_text())
-        except (OSError, ValueError) as error:
-            raise StorageError(f"{self.path / 'run.json'} cannot be read: {error}") from None
+            return Record.model_validate_json(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from None
+        except ValidationError as error:
+            raise StorageError(f"{path} is not the record of a run: {error.errors()[0]['msg']}") from None
+        except ValueError:
+            raise StorageError(f"{path} is not the record of a run: not UTF-8") from None
 
     def update(self, **changes: Any) -> Record:
         """Change the record and note a change of state as an event."""
@@ -379,11 +388,9 @@ def read_lines(path: Path, offset: int = 0) -> list[dict[str, Any]]:
 
 def iterate_lines(path: Path, offset: int = 0) -> Iterator[tuple[int, dict[str, Any]]]:
     """(byte offset behind the line, object) for each whole line from `offset`; torn lines are passed over."""
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError:
+    if not path.is_file():
         return
-    with file:
+    with path.open("rb") as file:
         file.seek(offset)
         for line in file:
             if not line.endswith(b"\n"):

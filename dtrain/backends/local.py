@@ -83,7 +83,7 @@ def cluster_up(options: Options, say: Say) -> dict[str, Any]:
             say("starting a Ray head on this machine")
             record = home.start_head()
             home.start_driver([sys.executable, "-m", DRIVER, "--wait"], record, home.folder / "drivers.log")
-    home.await_ready(record, say)
+    home.await_ready(say)
     return cluster_status(options)
 
 
@@ -93,7 +93,6 @@ def cluster_status(options: Options) -> dict[str, Any]:
     record = home.record()
     if record is None:
         return {"state": "down", "home": str(home.path)}
-    runs = {pid: path for pid, path in home.drivers().items()}
     return {
         "state": "up",
         "home": str(home.path),
@@ -105,7 +104,7 @@ def cluster_status(options: Options) -> dict[str, Any]:
         "cores": record["cores"],
         "gpus": record["gpus"],
         "waiting_drivers": len(list(home.folder.glob("driver-*.sock"))),
-        "runs": sorted(Path(path).name for path in runs.values()),
+        "runs": sorted(Path(path).name for path in home.drivers().values()),
     }
 
 
@@ -231,7 +230,7 @@ class _Home:
                     path.unlink(missing_ok=True)
         return False
 
-    def await_ready(self, record: dict[str, Any], say: Say) -> None:
+    def await_ready(self, say: Say) -> None:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not list(self.folder.glob("driver-*.sock")):
             if self.record() is None:
@@ -305,7 +304,8 @@ def _await_zygote(folder: Path) -> None:
 
 def _free_ports(count: int) -> list[int]:
     """Free ports outside the range from which Ray's workers take theirs (10002-19999)."""
-    held, ports = [], []
+    held: list[socket.socket] = []
+    ports: list[int] = []
     while len(ports) < count:
         probe_socket = socket.socket()
         probe_socket.bind((LOOPBACK, 0))

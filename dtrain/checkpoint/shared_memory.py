@@ -6,7 +6,7 @@ import hashlib
 import os
 from pathlib import Path
 
-FOLDER = Path("/dev/shm")
+FOLDER = Path("/dev/shm")  # noqa: S108 - shared memory is what it is
 
 
 def prefix(run_path: Path, node: int) -> str:

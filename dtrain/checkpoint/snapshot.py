@@ -149,7 +149,7 @@ class Snapshot:
             self._mark(slot, 0, False)
 
     def share(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> "list[tuple[torch.Tensor, torch.Tensor]]":
-        """(destination, source) pairs of the bytes that `slot` copies: an equal part of the whole, cut inside tensors."""
+        """(destination, source) pairs of what `slot` copies: an equal part of the bytes, cut inside tensors."""
         total = self.num_bytes
         begin, end = total * slot // self.num_slots, total * (slot + 1) // self.num_slots
         pairs, position = [], 0

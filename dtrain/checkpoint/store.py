@@ -1,9 +1,9 @@
 """Checkpoints on storage: written whole or not at all, and trusted only after every byte was checked.
 
-    step-00000100/
-      .metadata, *.distcp   torch's distributed checkpoint (DCP): any torch tool reads it
-      manifest.json         step, metrics, size and SHA-256 of every file
-      COMMITTED             SHA-256 of the manifest; written last: without it the checkpoint does not exist
+step-00000100/
+  .metadata, *.distcp   torch's distributed checkpoint (DCP): any torch tool reads it
+  manifest.json         step, metrics, size and SHA-256 of every file
+  COMMITTED             SHA-256 of the manifest; written last: without it the checkpoint does not exist
 """
 
 import contextlib
@@ -58,7 +58,8 @@ def write(
         writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=num_files)
         with _without_process_group():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(path.iterdir())}
+        sizes = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
+        files = {name: {"bytes": size, "sha256": _sha256(path / name)} for name, size in sizes.items()}
         manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
         _write_durably(path / MANIFEST, manifest)
         _sync_folder(path)
@@ -72,7 +73,7 @@ def write(
         if isinstance(cause, OSError):
             raise StorageError(f"{path}: {cause.strerror or cause}") from error
         raise StorageError(f"{path}: {type(cause).__name__}: {cause}") from error
-    return sum(int(f["bytes"]) for f in files.values())
+    return sum(sizes.values())
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -26,18 +26,19 @@ import torch
 from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import store
 from dtrain.checkpoint.snapshot import Snapshot
-from dtrain.errors import DtrainError, Stopped, StorageError, from_kind
+from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
 from dtrain.messages import pair, receive, send
 from dtrain.plan import Plan
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runs import Run
 from dtrain.runtime import rendezvous, retry
-from dtrain.runtime.attempt import Attempt, Node, Rank, Report
+from dtrain.runtime.attempt import Attempt, Node, Report
 from dtrain.runtime.retry import Failure
 from dtrain.runtime.scribe import Scribe
 from dtrain.runtime.zygote import Child, Zygote
 
 REPORT_TIMEOUT_S = 30.0
+STORE_TIMEOUT_S = 600.0
 LAST_CHECKPOINT_S = 300.0
 ORPHANED = "the driver is gone"
 
@@ -56,8 +57,10 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     if agent.is_orphaned and args.get("driver_command"):
         for descriptor in descriptors:
             os.close(descriptor)  # the lease: the next driver takes it
-        log = open(agent.run_folder.logs / "driver.log", "ab")
-        subprocess.Popen(args["driver_command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        log = (agent.run_folder.logs / "driver.log").open("ab")
+        subprocess.Popen(
+            args["driver_command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
     return 0
 
 
@@ -86,8 +89,7 @@ class Agent:
             self._store_address = (host, self._store.port)
             self._tell({"store": self._store_address})
         else:
-            self._turn_until(lambda: self._store_address is not None, 600.0)
-            assert self._store_address is not None
+            self._store_address = self._await_store()
             self._store = rendezvous.connect_store(*self._store_address)
         base = shared.prefix(self.run_folder.path, self._number)
         self._node = Node(
@@ -133,12 +135,14 @@ class Agent:
             decision = retry.decide(failure, earlier, self._plan.retry)
             earlier.append(failure)
             self._end_record(failure)
-            self._event("failure", failure.cause, kind=failure.kind, step=failure.step, attempt=number, retry=decision.again)
+            self._event(
+                "failure", failure.cause, failure=failure.kind, step=failure.step, attempt=number, retry=decision.again
+            )
             if self._stop is not None:
                 self._stopped(report.snapshot_step or 0)
                 return
             if not decision.again:
-                self._give_up(number, failure, decision.reason)
+                self._give_up(failure, decision.reason)
                 return
             self._tell({"record": {"state": "recovering", "cause": failure.cause}})
             if decision.delay_s:
@@ -177,7 +181,11 @@ class Agent:
         ours, theirs = pair()
         with open(self.run_folder.logs / f"prepare-{self._number}.log", "ab") as log:
             child = self._zygote.fork(
-                "dtrain.runtime.rank:prepare", {"run": str(self.run_folder.path)}, [theirs.fileno()], log.fileno(), "prepare"
+                "dtrain.runtime.rank:prepare",
+                {"run": str(self.run_folder.path)},
+                [theirs.fileno()],
+                log.fileno(),
+                "prepare",
             )
         theirs.close()
         answer: list[dict[str, Any]] = []
@@ -223,6 +231,15 @@ class Agent:
         path, manifest = found
         return {"from": "checkpoint", "step": manifest["step"], "path": str(path)}
 
+    def _await_store(self) -> tuple[str, int]:
+        """Follower: where the leader's store is, as the driver passes it on."""
+        deadline = time.monotonic() + STORE_TIMEOUT_S
+        while self._store_address is None:
+            if self._driver is None or time.monotonic() > deadline:
+                raise ClusterError("the first node's agent did not come up")
+            self._turn(0.02)
+        return self._store_address
+
     def _await_order(self, number: int) -> dict[str, Any]:
         while True:
             order = self._node.agreement.order(number)
@@ -265,9 +282,11 @@ class Agent:
     def _stopped(self, step: int) -> None:
         newest = max(store.steps(self.run_folder.checkpoints), default=None)
         where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
-        self.end({"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} at step {step}, {where}"})
+        self.end(
+            {"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} at step {step}, {where}"}
+        )
 
-    def _give_up(self, number: int, failure: Failure, reason: str) -> None:
+    def _give_up(self, failure: Failure, reason: str) -> None:
         self._await_writer()
         final = failure.kind in retry.FINAL
         kind = (failure.error_kind or "training") if final else "retries-exhausted"
@@ -313,13 +332,13 @@ class Agent:
         self._attempts[-1] = self._attempts[-1].model_copy(update=changes)
         self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts]}})
 
-    def _event(self, kind: str, message: str, **fields: Any) -> None:
+    def _event(self, event: str, message: str, **fields: Any) -> None:
         if self._is_leader:
-            self.run_folder.event(kind, message=message, **fields)
+            self.run_folder.event(event, message=message, **fields)
 
     # -- ranks and the writer ------------------------------------------------------------------------------------
 
-    def _on_rank(self, rank: Rank, message: dict[str, Any]) -> None:
+    def _on_rank(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             attempt = self._attempt
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
@@ -366,7 +385,8 @@ class Agent:
             self._event("checkpoint", text, **said)
         elif said["failed"]:
             self._failed_checkpoint = said["failed"], said["reason"]
-            text = f"checkpoint of step {said['failed']} failed: {said['reason']}; the one before stays valid, training goes on"
+            text = f"checkpoint of step {said['failed']} failed: {said['reason']}"
+            text += "; the one before stays valid, training goes on"
             self._event("checkpoint-failed", text, step=said["failed"])
         self._writing = 0
         if self._attempt is not None:

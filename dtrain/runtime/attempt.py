@@ -18,7 +18,7 @@ from dtrain.plan import Plan
 from dtrain.runtime import watchdog
 from dtrain.runtime.control import Control
 from dtrain.runtime.rendezvous import Agreement
-from dtrain.runtime.retry import Failure
+from dtrain.runtime.retry import Failure, FailureKind
 from dtrain.runtime.zygote import Child, Zygote
 
 GRACE_S = 2.0
@@ -86,7 +86,7 @@ class Attempt:
         generation: int,
         restore: Mapping[str, Any],
         writing_step: int,
-        on_message: Callable[[Rank, dict[str, Any]], None],
+        on_message: Callable[[dict[str, Any]], None],
     ) -> None:
         self._node, self._generation = node, generation
         self._on_message = on_message
@@ -242,7 +242,9 @@ class Attempt:
         with open(log_path, "ab", buffering=0) as log:
             with contextlib.suppress(OSError):
                 log.write(f"--- attempt {self._generation}, from step {restore['step']} ---\n".encode())
-            child = node.zygote.fork("dtrain.runtime.rank:main", args, [theirs.fileno()], log.fileno(), f"rank-{number}")
+            child = node.zygote.fork(
+                "dtrain.runtime.rank:main", args, [theirs.fileno()], log.fileno(), f"rank-{number}"
+            )
         theirs.close()
         rank = Rank(number, local, child, ours)
         node.selector.register(ours, selectors.EVENT_READ, lambda: self._read(rank))
@@ -261,7 +263,7 @@ class Attempt:
             rank.rescued = message["rescued"]
         else:
             rank.is_ready = rank.is_ready or "ready" in message
-            self._on_message(rank, message)
+            self._on_message(message)
 
     def _gone(self, rank: Rank) -> None:
         self._unregister(rank.child.pidfd)
@@ -289,12 +291,9 @@ class Attempt:
 
 
 def _from_error(rank: Rank, error: Mapping[str, Any]) -> Failure:
-    kind = error["kind"] if error["kind"] in ("diverged", "memory") else "error"
+    kind: FailureKind = error["kind"] if error["kind"] in ("diverged", "memory") else "error"
     first = str(error["error"]).splitlines()[0][:500]
-    advice = {
-        "memory": "; lower batch.micro or turn on train.activation_checkpointing",
-        "diverged": "",
-    }.get(kind, "")
+    advice = "; lower batch.micro or turn on train.activation_checkpointing" if kind == "memory" else ""
     cause = f"rank {rank.number}, step {error['step'] + 1}: {error['class']}: {first}{advice}"
     known = error["kind"] if error["kind"] in ("input", "storage") else "training"
     return Failure(kind, cause, error["step"], detail=error["detail"], error_kind=known)

@@ -143,7 +143,11 @@ class Driver:
             if self._cluster_lost:
                 raise ClusterError(self._cluster_lost)
             if self._stop is not None:
-                self._end = {"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} while queued"}
+                self._end = {
+                    "state": "stopped",
+                    "error_kind": "stopped",
+                    "cause": f"stopped by {self._stop} while queued",
+                }
                 return False
             why = reservation.why_waiting()
             if why != told:
@@ -172,7 +176,7 @@ class Driver:
                 decision = retry.decide(lost, earlier, self._plan.retry)
                 earlier.append(lost)
                 self._close_attempt(lost)
-                self._run.event("failure", message=lost.cause, kind="agent", retry=decision.again)
+                self._run.event("failure", message=lost.cause, failure="agent", retry=decision.again)
                 if not decision.again:
                     self._end = {"state": "failed", "error_kind": "retries-exhausted", "cause": decision.reason}
                     return
@@ -338,8 +342,8 @@ def _await_run(folder: Path, until: int) -> Path | None:
         listener.listen(4)
         try:
             while True:
-                ready, _, _ = select.select([listener, until] if until >= 0 else [listener], [], [])
-                if listener not in ready:
+                ready, _, _ = select.select([listener.fileno(), until] if until >= 0 else [listener.fileno()], [], [])
+                if listener.fileno() not in ready:
                     return None
                 connection, _ = listener.accept()
                 with connection:

@@ -1,4 +1,4 @@
-"""Who hosts the agents: whoever already holds the node. The driver itself on one node, Ray Train's workers on several."""
+"""Who hosts the agents: whoever already holds the node: the driver on one node, Ray Train's workers on several."""
 
 import os
 import tempfile
@@ -83,7 +83,9 @@ class PlacedHost:
         try:
             trainer.fit()
         except Exception as error:
-            self._problem = f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            self._problem = (
+                f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
+            )
         finally:
             os.close(self._write)
 

@@ -1,12 +1,12 @@
 """One worker: joins the others, restores its state, and runs the loop. Forked from the zygote by the agent.
 
-    rank -> agent                                   agent -> rank
-    {"ready": step}        state restored
-    {"metrics": {...}}     worker 0 only
-    {"checkpoint": step}   worker 0 only: the snapshot of this step may be written
-    {"done": {...}}        the loop came to its end, or left when asked to
-    {"error": ..., ...}    an exception; waits  ->  {"rescue": true} copy the state to the snapshot, or killed
-    {"rescued": step}
+rank -> agent                                   agent -> rank
+{"ready": step}        state restored
+{"metrics": {...}}     worker 0 only
+{"checkpoint": step}   worker 0 only: the snapshot of this step may be written
+{"done": {...}}        the loop came to its end, or left when asked to
+{"error": ..., ...}    an exception; waits  ->  {"rescue": true} copy the state to the snapshot, or killed
+{"rescued": step}
 """
 
 import faulthandler
@@ -31,9 +31,9 @@ from dtrain.data import cache
 from dtrain.errors import DtrainError, InputError, StorageError
 from dtrain.messages import receive, send
 from dtrain.plan import Plan
+from dtrain.runs import Run
 from dtrain.runtime import rendezvous
 from dtrain.runtime.control import Control
-from dtrain.runs import Run
 from dtrain.training import loop
 from dtrain.training.optim import build_optimizer
 from dtrain.training.seeds import seed_everything
@@ -42,7 +42,9 @@ from dtrain.training.seeds import seed_everything
 class Keeper:
     """Looks after the loop in the name of the agent: signs of life, snapshots, the agreed moment to leave."""
 
-    def __init__(self, plan: Plan, control: Control, channel: socket.socket, place: loop.Place, local_rank: int) -> None:
+    def __init__(
+        self, plan: Plan, control: Control, channel: socket.socket, place: loop.Place, local_rank: int
+    ) -> None:
         self._plan, self._control, self._channel, self._place = plan, control, channel, place
         self._local_rank = local_rank
         self._is_leader = local_rank == 0
@@ -91,7 +93,9 @@ class Keeper:
             control.snapshot_step = step
 
     def wants_checkpoint(self, step: int) -> bool:
-        return step % (self._plan.checkpoint.every_steps or self._plan.train.steps) == 0 or step == self._plan.train.steps
+        return (
+            step % (self._plan.checkpoint.every_steps or self._plan.train.steps) == 0 or step == self._plan.train.steps
+        )
 
     def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
         if self._is_leader and self._control.writing_step == step:
@@ -183,7 +187,11 @@ def _build(plan: Plan, place: loop.Place) -> tuple[Any, Any, Any]:
 
 
 def _restore(
-    restore: Mapping[str, Any], state: Mapping[str, torch.Tensor], snapshot: Snapshot, args: Mapping[str, Any], plan: Plan
+    restore: Mapping[str, Any],
+    state: Mapping[str, torch.Tensor],
+    snapshot: Snapshot,
+    args: Mapping[str, Any],
+    plan: Plan,
 ) -> int:
     """Put the state back; returns the steps already done."""
     source, step = restore["from"], int(restore["step"])

@@ -27,7 +27,9 @@ class OptimizerEngine:
         named = [(f"{name}.{key}", p) for name in phase.parts for key, p in bare[name].named_parameters()]
         self.optimizer = make_optimizer(named)
         self._parameters = [p for _, p in named if p.requires_grad]
-        self._synchronised = [wrapped[name] for name in phase.parts if isinstance(wrapped[name], DistributedDataParallel)]
+        self._synchronised = [
+            wrapped[name] for name in phase.parts if isinstance(wrapped[name], DistributedDataParallel)
+        ]
         self._max_norm = plan.train.clip_grad_norm or float("inf")
         self._groups = self.optimizer.param_groups
 

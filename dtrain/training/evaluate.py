@@ -30,10 +30,14 @@ def evaluate(
         part.eval()
     totals: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for number, indices in enumerate(_batches(min(num_samples, held_out.num_samples), batch_size, worker, num_workers)):
+        for number, indices in enumerate(
+            _batches(min(num_samples, held_out.num_samples), batch_size, worker, num_workers)
+        ):
             beat(number)
             for name, value in task.evaluate(parts, to_device(held_out.batch(indices))).items():
-                totals[name] = totals.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double()
+                totals[name] = (
+                    totals.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double()
+                )
     for part in parts.values():
         part.train()
     if dist.is_initialized() and num_workers > 1:

@@ -1,5 +1,6 @@
 """The one training loop. It knows a task's parts, phases and losses, and nothing else about what it trains."""
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ STARTING, DATA, FORWARD, BACKWARD, UPDATE, SNAPSHOT, EVALUATE, END = range(8)
 """Places in a step; a watchdog names them to people."""
 
 
-class NotFinite(TrainingError):
+class DivergedError(TrainingError):
     """The loss is NaN or infinite."""
 
     kind = "diverged"
@@ -66,7 +67,7 @@ def train(
     """Train from `start` steps done to the end, or until the keeper says leave.
 
     Returns the outcome: steps done, and at the end of the last step the metrics over all held-out data, the
-    yardsticks and a sample. Raises `NotFinite` when the loss is not a number.
+    yardsticks and a sample. Raises `DivergedError` when the loss is not a number.
     """
     batch, train, every = plan.batch, plan.train, plan.evaluate.every_steps or plan.train.steps
     accumulation, scale = batch.accumulation, 1.0 / batch.accumulation
@@ -110,7 +111,7 @@ def train(
         if step % train.log_every_steps == 0 or is_last or leave or keeper.wants_checkpoint(step):
             values = metrics.read()
             if not math.isfinite(values["loss"]):
-                raise NotFinite(
+                raise DivergedError(
                     f"the loss is {values['loss']} after step {step}; lower optimizer.lr (now {plan.optimizer.lr}),"  # type: ignore[union-attr]
                     " raise schedule.warmup_steps, or look at the data"
                 )
@@ -126,7 +127,7 @@ def train(
                 place.worker,
                 place.num_workers,
                 to_device,
-                lambda number: keeper.beat(step, number, EVALUATE),
+                functools.partial(_beat_evaluating, keeper, step),
             )
             keeper.report(step, {"held_out": held_out})
             metrics.resume(paused)
@@ -137,6 +138,10 @@ def train(
             return {"steps": step}
     keeper.beat(step, 0, END)
     return {"steps": step, "metrics": held_out or {}, **_showpiece(plan, task, source, place)}
+
+
+def _beat_evaluating(keeper: Keeper, step: int, number: int) -> None:
+    keeper.beat(step, number, EVALUATE)
 
 
 def _showpiece(plan: Plan, task: Task, source: Source, place: Place) -> dict[str, Any]:
