@@ -204,7 +204,8 @@ def ps(storage: str, as_json: bool) -> None:
     if as_json:
         _echo_json([tables.facts(run) for run in listed])
     elif listed:
-        console().print(tables.ps(listed))
+        out = console()
+        out.print(tables.ps(listed, out.width))
     else:
         click.echo(f"{storage}: no runs yet; `dtrain submit JOB` makes one", err=True)
 

@@ -18,6 +18,8 @@ from dtrain.view.follow import STYLES
 COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
 MAX_METRIC_LINES = 20
+MIN_CAUSE_WIDTH = 10
+"""Narrower than this, `ps` leaves causes out."""
 
 
 def latest(run: runs.Run) -> dict[str, Any]:
@@ -26,48 +28,62 @@ def latest(run: runs.Run) -> dict[str, Any]:
     return next((line for line in reversed(lines) if "held_out" not in line), {})
 
 
+def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
+    """The last step known to be done."""
+    known = record.outcome.get("steps")
+    if known is None and record.attempts and record.attempts[-1].ended_at is not None:
+        known = record.attempts[-1].last_step
+    return int(metrics.get("step", 0) if known is None else known)
+
+
 def facts(run: runs.Run) -> dict[str, Any]:
     """A run for a machine: its record, its folder, and where it stands."""
     metrics = latest(run)
-    record = run.record.model_dump(mode="json")
-    step = record["outcome"].get("steps", metrics.get("step", 0))
-    return {**record, "path": str(run.path.absolute()), "step": step, "loss": metrics.get("loss")}
+    record = run.record
+    where = {"path": str(run.path.absolute()), "step": step_of(record, metrics), "loss": metrics.get("loss")}
+    return {**record.model_dump(mode="json"), **where}
 
 
 # -- ps ------------------------------------------------------------------------------------------------------
 
 
-def ps(listed: Sequence[runs.Run]) -> RenderableType:
-    """One row a run, the newest first."""
+def ps(listed: Sequence[runs.Run], width: int) -> RenderableType:
+    """One row a run, the newest first; causes are cut to what `width` leaves them."""
     now = time.time()
-    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("run", "state"):
-        table.add_column(name, no_wrap=True)
-    for name in ("step", "loss", "age", "took", "tries"):
-        table.add_column(name, no_wrap=True, justify="right")
-    table.add_column("cause", no_wrap=True, overflow="ellipsis", ratio=None, style="dim")
-    for run in reversed(listed):
-        try:
-            table.add_row(*_ps_row(run, now))
-        except StorageError as error:
-            table.add_row(run.id, Text("unreadable", style="bold red"), "", "", "", "", "", error.message)
+    rows = [_ps_row(run, now) for run in reversed(listed)]
+    names = ("run", "state", "step", "loss", "age", "took", "tries")
+    used = sum(max(len(name), *(len(row[i]) for row in rows)) + 2 for i, name in enumerate(names))
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True, justify="left" if name in ("run", "state") else "right")
+    room = width - used
+    if room >= MIN_CAUSE_WIDTH:
+        table.add_column("cause", no_wrap=True, style="dim")
+    for row in rows:
+        row[1].stylize(STYLES.get(row[1].plain, ""))
+        row[-1].truncate(max(room, 1), overflow="ellipsis")
+        table.add_row(*row[: len(table.columns)])
     return table
 
 
-def _ps_row(run: runs.Run, now: float) -> list[str | Text]:
-    record, metrics = run.record, latest(run)
-    step = record.outcome.get("steps", metrics.get("step", 0))
-    loss = metrics.get("loss")
-    return [
-        run.id,
-        Text(record.state, style=STYLES.get(record.state, "")),
-        f"{step:,}/{record.num_steps:,}",
-        "-" if loss is None else words.measure(loss),
-        words.age(now - record.created_at),
-        words.duration(_took(record, now)),
-        str(len(record.attempts) or "-"),
-        words.visible(record.cause).replace("\n", " "),
-    ]
+def _ps_row(run: runs.Run, now: float) -> list[Text]:
+    try:
+        record, metrics = run.record, latest(run)
+    except StorageError as error:
+        cells = [run.id, "unreadable", "", "", "", "", "", error.message]
+    else:
+        loss = metrics.get("loss")
+        cells = [
+            run.id,
+            record.state,
+            f"{step_of(record, metrics):,}/{record.num_steps:,}",
+            "-" if loss is None else words.measure(loss),
+            words.age(now - record.created_at),
+            words.duration(_took(record, now)),
+            str(len(record.attempts) or "-"),
+            words.visible(record.cause).replace("\n", " "),
+        ]
+    return [Text(cell) for cell in cells]
 
 
 def _took(record: runs.Record, now: float) -> float | None:
@@ -84,7 +100,7 @@ def _took(record: runs.Record, now: float) -> float | None:
 def status(run: runs.Run) -> RenderableType:
     """Everything a person may want to know of one run."""
     record, now, metrics = run.record, time.time(), latest(run)
-    step = record.outcome.get("steps", metrics.get("step", 0))
+    step = step_of(record, metrics)
     share = f"{100 * step // max(1, record.num_steps)}%"
     rows: list[tuple[str, str | Text]] = [
         ("why", words.visible(record.cause)),
@@ -195,13 +211,18 @@ def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> RenderableType
         row = rows.setdefault(int(line.get("step", 0)), {})
         held_out = line.get("held_out")
         row.update({"held_out": held_out} if isinstance(held_out, dict) else line)
-    steps = sorted(rows)
-    if not everything and len(steps) > MAX_METRIC_LINES:
-        steps = [steps[round(i * (len(steps) - 1) / (MAX_METRIC_LINES - 1))] for i in range(MAX_METRIC_LINES)]
+    steps = sorted(rows) if everything else _thinned(rows)
     # The held-out figures worth a column of their own, in the order they were first measured.
     measured = list(dict.fromkeys(k for s in sorted(rows) for k in rows[s].get("held_out", {})))
-    table = Table(box=None, header_style="dim", padding=(0, 1, 0, 0), pad_edge=False)
-    for name in ("step", "loss", "rate", "gradient", "steps/s", *(f"held-out {m.replace('_', ' ')}" for m in measured)):
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
+    for name in (
+        "step",
+        "loss",
+        "lr",
+        "gradient",
+        "steps/s",
+        *(f"held-out {m.replace('_', ' ').replace(' per ', '/')}" for m in measured),
+    ):
         table.add_column(name, justify="right")
     for step in steps:
         row = rows[step]
@@ -215,6 +236,19 @@ def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> RenderableType
             *(_cell(held_out.get(m), words.measure) for m in measured),
         )
     return table
+
+
+def _thinned(rows: dict[int, dict[str, Any]]) -> list[int]:
+    """A screenful of steps: those with an evaluation first, the rest evenly spread."""
+    steps = sorted(rows)
+    if len(steps) <= MAX_METRIC_LINES:
+        return steps
+    chosen = {s for s in steps if "held_out" in rows[s]}
+    if len(chosen) > MAX_METRIC_LINES:
+        chosen, steps = set(), sorted(chosen)
+    room = MAX_METRIC_LINES - len(chosen)
+    rest = [s for s in steps if s not in chosen]
+    return sorted(chosen | {rest[round(i * (len(rest) - 1) / max(1, room - 1))] for i in range(room)})
 
 
 def _cell(value: Any, format_value: Any) -> str:
