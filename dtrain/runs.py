@@ -25,8 +25,6 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from pydantic import Field
-
 from dtrain.component import Options, suggestion
 from dtrain.errors import DtrainError, InputError, Stopped, StorageError
 from dtrain.plan import Plan
