@@ -3,7 +3,6 @@
 Nothing heavy is imported before a command runs: `dtrain --help` must answer at once.
 """
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from dtrain.spec.cluster import ClusterSpec
 
 LOCAL_CLUSTER = Path("clusters/local.yaml")
-SIGPIPE_EXIT_CODE = 141
-"""What a shell reports of a program whose reader went away."""
 POLL_S = 0.1
 
 
@@ -444,7 +441,6 @@ def main() -> None:
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
         code = cli.main(prog_name="dtrain", standalone_mode=False)
-        sys.stdout.flush()
     except click.ClickException as error:
         context = getattr(error, "ctx", None)
         hint = f"\n       `{context.command_path} --help` explains" if context else ""
@@ -455,10 +451,6 @@ def main() -> None:
         code = error.exit_code
     except (click.Abort, KeyboardInterrupt):
         code = Stopped.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has gone; so that Python does not complain at exit, nothing is flushed to it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = SIGPIPE_EXIT_CODE
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -1,5 +1,7 @@
 """The commands by what they are for, exit codes, and completion of run names. Imports click alone."""
 
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +27,8 @@ latest run when left out. `dtrain COMMAND --help` explains a command.
 """
 
 
+SIGPIPE_EXIT_CODE = 141
+"""What a shell reports of a program whose reader went away."""
 C = TypeVar("C", bound=click.Command)
 
 
@@ -53,6 +57,16 @@ class Sections(click.Group):
             with formatter.section(title):
                 rows = [(f"{n:<{width}}", self.commands[n].get_short_help_str(100)) for n in names]
                 formatter.write_dl(rows)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # Whoever read our output has gone; so that Python does not complain at exit, nothing is flushed to it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise click.exceptions.Exit(SIGPIPE_EXIT_CODE) from None
+        return result
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

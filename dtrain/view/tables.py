@@ -78,7 +78,7 @@ def _ps_row(run: runs.Run, now: float) -> list[Text]:
             record.state,
             f"{step_of(record, metrics):,}/{record.num_steps:,}",
             "-" if loss is None else words.measure(loss),
-            words.age(now - record.created_at),
+            words.age(now - record.created_at).removesuffix(" ago"),
             words.duration(_took(record, now)),
             str(len(record.attempts) or "-"),
             words.visible(record.cause).replace("\n", " "),
