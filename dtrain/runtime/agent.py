@@ -15,6 +15,7 @@ import os
 import selectors
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from multiprocessing.connection import Client, Connection
@@ -52,6 +53,10 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     except DtrainError as error:
         state = "stopped" if isinstance(error, Stopped) else "failed"
         agent.end({"state": state, "error_kind": error.kind, "error": error.message, "cause": error.message})
+    except Exception as error:
+        text = traceback.format_exc()
+        cause = f"dtrain's agent failed: {type(error).__name__}: {error}"
+        agent.end({"state": "failed", "error_kind": "internal", "error": text, "cause": cause})
     finally:
         agent.close()
     if agent.is_orphaned and args.get("driver_command"):
@@ -343,13 +348,13 @@ class Agent:
             attempt = self._attempt
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
                 self._tell({"record": {"state": "running", "cause": f"attempt {len(self._attempts)}"}})
-        elif "metrics" in message and self._scribe is not None:
-            self._scribe.write(len(self._attempts), message["metrics"])
         elif "checkpoint" in message:
             if self._is_leader:
-                self._write_checkpoint(message["checkpoint"], message["metrics"])
+                self._write_checkpoint(message["checkpoint"], message["held_out"])
             elif self._attempt is not None:
                 self._attempt.control.writing_step = 0
+        elif "metrics" in message and self._scribe is not None:
+            self._scribe.write(len(self._attempts), message["metrics"])
 
     def _write_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
         if self._writer is None:

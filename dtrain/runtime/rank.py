@@ -99,7 +99,7 @@ class Keeper:
 
     def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
         if self._is_leader and self._control.writing_step == step:
-            send(self._channel, {"checkpoint": step, "metrics": dict(held_out or {})})
+            send(self._channel, {"checkpoint": step, "held_out": dict(held_out or {})})
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> None:
         if self._place.worker == 0:
