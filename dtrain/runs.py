@@ -349,7 +349,7 @@ def _created_at(run: Run) -> float:
     try:
         return run.stored_record().created_at
     except StorageError:
-        return 0.0
+        return float("-inf")
 
 
 def find(storage: Path, word: str | None) -> Run:
@@ -412,8 +412,11 @@ def last_lines(path: Path, max_bytes: int = 1 << 16) -> list[dict[str, Any]]:
 def _append(path: Path, value: dict[str, Any]) -> None:
     line = (json.dumps(value, default=str) + "\n").encode()
     with contextlib.suppress(OSError):
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
+            size = os.fstat(descriptor).st_size
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line  # a full disk or a kill tore the line before: it must not take this one with it
             os.write(descriptor, line)
         finally:
             os.close(descriptor)
