@@ -20,8 +20,6 @@ from dtrain.spec.overrides import CLUSTER, apply_overrides, split_overrides
 
 MAX_MISTAKES = 50
 """Lines of one message."""
-MAX_ERRORS = 200
-"""Errors looked at: finding a near word for each of thousands would take seconds."""
 THIS_MACHINE = "{name: local, description: The machine at hand., backend: {name: local}}"
 """`clusters/local.yaml`, for when no cluster file is given and that one is not at hand."""
 Spec = TypeVar("Spec", bound=Options)
@@ -97,20 +95,18 @@ def _this_machine() -> Node:
 def _load(spec: type[Spec], path: str | Path | None, overrides: Sequence[str], prefix: str) -> Spec:
     root = document.read(path) if path is not None else _this_machine()
     apply_overrides(root, overrides, prefix=prefix)
-    mistakes, num_more, result = list(root.mistakes), 0, None
+    mistakes, result = list(root.mistakes), None
     try:
         # Through JSON, where strictness lets a list be a tuple. Files say aliases (`global`) only.
         result = spec.model_validate_json(json.dumps(root.plain()), strict=True, by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
-        num_more = max(0, error.error_count() - MAX_ERRORS)
-        mistakes += in_words(error.errors(include_url=False)[:MAX_ERRORS], spec, root)
+        mistakes += in_words(error.errors(include_url=False), spec, root)
     mistakes += _without_name(spec, root)
     if result is not None and not mistakes:
         return result
     lines = [f"{at}: {what}" for at, what in sorted(dict.fromkeys(mistakes), key=_line)]
-    num_more += max(0, len(lines) - MAX_MISTAKES)
-    if num_more:
-        lines = [*lines[:MAX_MISTAKES], f"{path or 'this machine'}: and {num_more} more mistakes"]
+    if len(lines) > MAX_MISTAKES:
+        lines = [*lines[:MAX_MISTAKES], f"{path or 'this machine'}: and {len(lines) - MAX_MISTAKES} more mistakes"]
     raise InputError("\n".join(lines))
 
 

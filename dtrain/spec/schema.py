@@ -31,13 +31,7 @@ def schema_text(kind: str) -> str:
 
 def reference(kind: str) -> str:
     """Every key of a `job` or a `cluster` file as Markdown tables: one for the file, one for each component."""
-    spec = SPECS[kind]
-    parts = [_table(spec, "")]
-    for key, field in words.fields(spec).items():
-        for name, component in words.components(words.annotation_of(field)).items():
-            rows = _table(component, f"{key}.")
-            parts.append(f"### `{key}: {{name: {name}}}`\n\n{(component.__doc__ or '').strip()}\n\n{rows}".rstrip())
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(_sections(SPECS[kind], "")) + "\n"
 
 
 def generated() -> dict[str, str]:
@@ -73,10 +67,24 @@ class _Generator(GenerateJsonSchema):
         return dict(super().generate(schema, mode))
 
 
-def _table(model: type[Options], prefix: str) -> str:
+def _sections(model: type[Options], prefix: str, *, listed: bool = False) -> Iterator[str]:
+    """A table of one settings class, unless it is `listed` already, then those of the components it chooses from."""
     rows = list(_rows(model, prefix))
-    if not rows:
-        return ""
+    if rows and not listed:
+        yield _table(rows)
+    for key, field in words.fields(model).items():
+        annotation = words.annotation_of(field)
+        choices = words.components(annotation)
+        for name, component in choices.items():
+            yield f"### `{prefix}{key}: {{name: {name}}}`"
+            yield (component.__doc__ or "").strip()
+            yield from _sections(component, f"{prefix}{key}.")
+        inner = words.model_of(annotation)
+        if inner is not None and not choices:
+            yield from _sections(inner, f"{prefix}{key}.", listed=True)
+
+
+def _table(rows: list[tuple[str, str, str, str]]) -> str:
     header = ["| key | what may stand there | default | meaning |", "|---|---|---|---|"]
     return "\n".join(header + [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows])
 

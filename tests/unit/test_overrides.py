@@ -98,6 +98,12 @@ def test_a_mistake_names_the_override(job, override, said):
     assert fnmatchcase(line.removeprefix(f"--set {override}: "), said.replace("[", "[[]").replace("?", "[?]")), line
 
 
+@pytest.mark.parametrize("override", ["train\n.steps=5", "\ud800=5", "a\x00b=1"])
+def test_what_cannot_be_printed_is_escaped(job, override):
+    [line] = mistakes(job, override)
+    assert line == f"--set {override!a}: expected key=value with a dotted key, such as train.steps=100"
+
+
 def test_mistakes_of_the_file_and_of_overrides_come_together(job):
     Path(job).write_text(JOB + "evaluat: {}\n")
     found = mistakes(job, "train.stesp=5", "nothing", "name=Ä")
