@@ -15,7 +15,7 @@ from dtrain.errors import InputError
 from dtrain.spec import document
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import JobSpec
-from dtrain.spec.load import load_cluster, load_job, where
+from dtrain.spec.load import load_both, load_cluster, load_job, located, where
 
 MODEL, DATA = component.names("models")[0], component.names("data")[0]
 GOOD = f"""\
@@ -367,3 +367,30 @@ def test_any_value_at_any_key_is_a_job_or_an_input_error(tmp_path_factory, key, 
         load_job(path, [f"{key}={written}"])
     except InputError as error:
         assert all(line.startswith(("--set ", str(path))) for line in error.message.split("\n"))
+
+
+def test_a_job_and_its_cluster_are_read_together(file):
+    job, cluster = file(GOOD), file(CLUSTER, "here.yaml")
+    asked, place = load_both(job, cluster, ["train.steps=5", "cluster.nodes=2"])
+    assert (asked.train.steps, place.nodes) == (5, 2)
+    assert load_both(job, None, [])[1].backend.name == "local"
+    with pytest.raises(InputError) as caught:
+        load_both(job, cluster, ["train.stesp=5", "cluster.nodse=2"])
+    assert [line.partition(": ")[0] for line in caught.value.message.splitlines()] == [
+        "--set train.stesp=5",
+        "--set cluster.nodse=2",
+    ]
+
+
+def test_what_planning_finds_is_located_in_the_file(file):
+    job = file(GOOD)
+    said = "batch.global 8 is not a multiple of 3 workers; nearest: 9"
+    with pytest.raises(InputError) as caught, located(job, []):
+        raise InputError(said)
+    assert caught.value.message == f"job.yaml:4: {said}"
+    with pytest.raises(InputError) as caught, located(job, ["batch.global=8"]):
+        raise InputError(said)
+    assert caught.value.message == f"--set batch.global=8: {said}"
+    with pytest.raises(InputError) as caught, located(job, []):
+        raise InputError("this machine has no GPU")
+    assert caught.value.message == "this machine has no GPU"
