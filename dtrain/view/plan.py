@@ -39,7 +39,7 @@ def show(plan: Plan) -> RenderableType:
     """The whole plan."""
     a, train = plan.arithmetic, plan.train
     threads = words.plural(plan.workers.threads, "thread")
-    flops, every = words.count(a.flops_per_step), words.plural(plan.evaluate.every_steps or train.steps, "step")
+    every = words.plural(plan.evaluate.every_steps or train.steps, "step")
     rows: list[tuple[str, str]] = [
         ("workers", f"{workers(plan)} ({plan.workers.collectives}), {threads} each"),
         ("batch", batch(plan)),
@@ -47,10 +47,10 @@ def show(plan: Plan) -> RenderableType:
         ("data", plan.data.name + (f", {words.count(a.tokens_per_step)} tokens a step" if a.tokens_per_step else "")),
         ("strategy", plan.strategy.name),
         ("steps", words.count(train.steps) + _in_all(plan)),
-        ("compute", f"{flops}FLOP a step, {words.count(a.flops_per_step * train.steps)}FLOP in all"),
+        ("compute", f"{words.flops(a.flops_per_step)} a step, {words.flops(a.flops_per_step * train.steps)} in all"),
         ("optimizer", f"{plan.optimizer.name}, peak rate {words.rate(plan.optimizer.lr)}, {_schedule(plan)}"),
         ("precision", train.precision + (", compiled" if train.compile else "")),
-        ("evaluation", f"every {every}, on {plan.evaluate.samples} samples"),
+        ("evaluation", f"every {every} on {plan.evaluate.samples} samples, on all at the end"),
         ("checkpoints", _checkpoints(plan)),
         ("storage", plan.storage),
     ]

@@ -17,6 +17,17 @@ def count(number: float) -> str:
     return f"{number:.3g}T" if abs(number) < 1e6 else f"{number * 1e12:.2e}"
 
 
+def flops(number: float) -> str:
+    """`646 GFLOP`, `1.5 PFLOP`."""
+    for unit in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(number) < 999.5:
+            break
+        number /= 1000
+    else:
+        unit = "Z"
+    return f"{number:.3g} {unit}FLOP"
+
+
 def size(num_bytes: float) -> str:
     """`512 B`, `3.2 MiB`."""
     for unit in ("B", "KiB", "MiB", "GiB"):
