@@ -63,25 +63,26 @@ class PlacedHost:
 
     def _fit(self, args: dict[str, Any], plan: Plan) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
-        from ray.train.data_parallel_trainer import DataParallelTrainer
 
-        trainer = DataParallelTrainer(
-            host_on_node,
-            train_loop_config=args,
-            scaling_config=ScalingConfig(
-                num_workers=plan.workers.num_nodes,
-                resources_per_worker=plan.workers.resources,
-                placement_strategy="STRICT_SPREAD",
-                use_gpu=plan.workers.device == "cuda",
-            ),
-            run_config=RunConfig(
-                name="ray-train",
-                storage_path=str(Path(args["run"]) / "logs"),
-                failure_config=FailureConfig(max_failures=0),
-            ),
-        )
+        # Not TorchTrainer: it would import torch and make a process group in the host, where neither is wanted.
+        from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+
         try:
-            trainer.fit()
+            DataParallelTrainer(
+                host_on_node,
+                train_loop_config=args,
+                scaling_config=ScalingConfig(
+                    num_workers=plan.workers.num_nodes,
+                    resources_per_worker=plan.workers.resources,
+                    placement_strategy="STRICT_SPREAD",
+                    use_gpu=plan.workers.device == "cuda",
+                ),
+                run_config=RunConfig(
+                    name="ray-train",
+                    storage_path=str(Path(args["run"]) / "logs"),
+                    failure_config=FailureConfig(max_failures=0),
+                ),
+            ).fit()
         except Exception as error:
             self._problem = (
                 f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
