@@ -163,7 +163,7 @@ def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
 @click.command()
 @RUN
 @STORAGE
-@click.option("--timeout", "timeout_s", default=120.0, show_default=True, help="Longest wait for its end, in seconds.")
+@click.option("--timeout", "timeout_s", default=150.0, show_default=True, help="Longest wait for its end, in seconds.")
 def stop(word: str | None, storage: str, timeout_s: float) -> None:
     """Stop a run after a last checkpoint, and wait for its end."""
     run = _find(storage, word)

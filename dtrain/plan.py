@@ -174,7 +174,8 @@ def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[s
             f" one worker needs one GPU: at most {available}"
         )
     elif per_node > available and not on_gpu:
-        warnings.append(f"{per_node} workers share {available} cores: correct, but slower than {available} workers")
+        shared = f"{available} core{'' if available == 1 else 's'}"
+        warnings.append(f"{per_node} workers share {shared}: correct, but slower than {_workers_word(available)}")
     # A run on some of the GPUs leaves the other GPUs' share of the cores to others.
     threads = max(1, machine.num_cores // (max(available, per_node) if on_gpu else per_node))
     return Workers(
@@ -200,22 +201,15 @@ def _memory_per_worker(machine: Machine, workers: Workers) -> float:
 def _batch(
     job: JobSpec, workers: Workers, activation_bytes: int, memory_gib: float, sequence_length: int, notes: list[str]
 ) -> BatchArithmetic:
-    total, asked = workers.total, job.batch.global_size
-    if asked % total:
-        lower, upper = asked // total * total, (asked // total + 1) * total
+    total, asked, micro = workers.total, job.batch.global_size, job.batch.micro
+    step = total * (micro or 1)
+    if asked % step:
+        lower, upper = asked // step * step, (asked // step + 1) * step
         nearest = upper if lower == 0 or upper - asked < asked - lower else lower
-        raise InputError(f"batch.global {asked} is not a multiple of {total} workers; nearest: {nearest}")
+        of = _workers_word(total) + (f" x micro {micro}" if micro else "")
+        raise InputError(f"batch.global {asked} is not a multiple of {of}; nearest: {nearest}")
     per_worker = asked // total
-    if job.batch.micro is not None:
-        micro = job.batch.micro
-        if per_worker % micro:
-            step = total * micro
-            lower, upper = asked // step * step, (asked // step + 1) * step
-            nearest = upper if lower == 0 or upper - asked < asked - lower else lower
-            raise InputError(
-                f"batch.global {asked} is not a multiple of {total} workers x micro {micro}; nearest: {nearest}"
-            )
-    else:
+    if micro is None:
         fit = max(1, int(ACTIVATION_SHARE * memory_gib * 2**30 / max(1, activation_bytes)))
         reason = f"{activation_bytes / 2**20:.1f} MiB of activations a sample, {memory_gib:.0f} GiB a worker"
         if workers.device == "cpu" and sequence_length:
@@ -225,6 +219,10 @@ def _batch(
         micro = max(n for n in range(1, per_worker + 1) if per_worker % n == 0 and n <= max(1, fit))
         notes.append(f"batch.micro: {micro} ({reason})")
     return BatchArithmetic(global_size=asked, micro=micro, accumulation=per_worker // micro)
+
+
+def _workers_word(number: int) -> str:
+    return f"{number} worker{'' if number == 1 else 's'}"
 
 
 def _schedule(job: JobSpec, notes: list[str]) -> Schedule:

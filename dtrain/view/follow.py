@@ -19,6 +19,8 @@ REDRAW_S = 0.5
 """Longest time between two drawings of the live view, so that its clock goes on."""
 OWNER_CHECK_S = 1.0
 """Time between two looks at whether the run still has an owner."""
+UNTAKEN_S = 30.0
+"""Time after which a run that no driver has taken up is remarked on."""
 PLAIN_LINE_S = 2.0
 """Shortest time between two plain lines of training metrics."""
 RATES_AVERAGED = 5
@@ -138,12 +140,17 @@ def follow(
 
 
 def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -> runs.Record:
+    untaken_until = time.monotonic() + UNTAKEN_S
     next_check, said = 0.0, ""  # a state whose cause the event before has just told is not told again
     record = run.record
     while True:
         # The record first: what stood in the files when the run ended is then read below.
         if time.monotonic() >= next_check:
             record, next_check = run.record, time.monotonic() + OWNER_CHECK_S
+            if time.monotonic() >= untaken_until:
+                untaken_until = float("inf")
+                if record.state == "queued" and record.driver_pid is None and not run.is_owned():
+                    view.event(Text(untaken(run), style="yellow"))
         else:
             record = run.stored_record()
         for kind, line in reader.poll():
@@ -158,6 +165,14 @@ def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -
         if record.ended:
             return record
         time.sleep(POLL_S)
+
+
+def untaken(run: runs.Run) -> str:
+    """What to say of a run that waits for longer than a driver usually takes to start."""
+    return (
+        f"no driver has taken this run up for {UNTAKEN_S:g} s: `dtrain logs {run.id} --driver` shows whether one failed"
+        f" to start, `dtrain stop {run.id}` gives up"
+    )
 
 
 # -- lines above the bar, and all there is without a terminal ------------------------------------------------

@@ -19,13 +19,11 @@ def count(number: float) -> str:
 
 def flops(number: float) -> str:
     """`646 GFLOP`, `1.5 PFLOP`."""
-    for unit in ("", "k", "M", "G", "T", "P", "E"):
-        if abs(number) < 999.5:
-            break
+    units = ["", "k", "M", "G", "T", "P", "E", "Z"]
+    while abs(number) >= 999.5 and len(units) > 1:
         number /= 1000
-    else:
-        unit = "Z"
-    return f"{number:.3g} {unit}FLOP"
+        units.pop(0)
+    return f"{number:.3g} {units[0]}FLOP"
 
 
 def size(num_bytes: float) -> str:
