@@ -44,4 +44,4 @@ class Source(Protocol):
     held_out: Dataset
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
-        """Figures from outside to hold the evaluation against: {metric: {name: value}}, e.g. bits_per_byte of gzip -9."""
+        """Figures to hold the evaluation against: {metric: {name: value}}, e.g. bits_per_byte of gzip -9."""
