@@ -216,7 +216,7 @@ def _batch(
             in_cache = max(1, MAX_MICRO_TOKENS_ON_CPU // sequence_length)
             if in_cache < fit:
                 fit, reason = in_cache, f"at most {MAX_MICRO_TOKENS_ON_CPU} tokens at a time on a CPU"
-        micro = max(n for n in range(1, per_worker + 1) if per_worker % n == 0 and n <= max(1, fit))
+        micro = next(n for n in range(min(fit, per_worker), 0, -1) if per_worker % n == 0)
         notes.append(f"batch.micro: {micro} ({reason})")
     return BatchArithmetic(global_size=asked, micro=micro, accumulation=per_worker // micro)
 
