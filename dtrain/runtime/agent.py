@@ -284,7 +284,17 @@ class Agent:
         outcome["checkpoint"] = store.path_of(self.run_folder.checkpoints, step).name
         self.end({"state": "succeeded", "cause": f"all {step} steps done", "outcome": outcome})
 
+    def _keep_snapshot(self) -> None:
+        """Put the snapshot on storage when it is newer than every checkpoint: no work is lost by an early end."""
+        self._await_writer()
+        with contextlib.suppress(StorageError):
+            step = Snapshot.open(self._node.snapshot_path).step
+            if step is not None and step > max(store.steps(self.run_folder.checkpoints), default=0):
+                self._write_checkpoint(step, {})
+                self._await_writer()
+
     def _stopped(self, step: int) -> None:
+        self._keep_snapshot()
         newest = max(store.steps(self.run_folder.checkpoints), default=None)
         where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
         self.end(
@@ -292,7 +302,8 @@ class Agent:
         )
 
     def _give_up(self, failure: Failure, reason: str) -> None:
-        self._await_writer()
+        if failure.kind != "diverged":
+            self._keep_snapshot()
         final = failure.kind in retry.FINAL
         kind = (failure.error_kind or "training") if final else "retries-exhausted"
         self.end(

@@ -107,6 +107,8 @@ class Attempt:
                 turn(TURN_S)
                 if wants_stop() and not self.control.stop:
                     self.control.stop = 1
+                if self.control.stop and not all(rank.is_ready for rank in self.ranks):
+                    return Report({"steps": self._first_step}, step=self._first_step)  # nothing new to keep
                 if all(rank.done is not None for rank in self.ranks):
                     return Report(self.ranks[0].done, step=self.step)
                 if any(rank.error or rank.is_gone for rank in self.ranks):

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from dtrain.checkpoint.shared_memory import prefix
 from dtrain.plan import Plan
 from dtrain.runtime.reservation import Reservation
-from dtrain.runtime.zygote import Zygote
+from dtrain.runtime.zygote import Child, Zygote
 
 
 class AgentHost(Protocol):
@@ -32,7 +32,7 @@ class EmbeddedHost:
 
     def __init__(self, args: Mapping[str, Any], folder: Path, until: int, lease: int) -> None:
         self._zygote = Zygote.connect(folder, until)
-        self._child = fork_agent(self._zygote, {**args, "node": 0}, folder, until, [lease])
+        self._child = fork_agent(self._zygote, {**args, "node": 0}, folder, until, [lease], outlive=True)
 
     def sentinels(self) -> list[int]:
         return [self._child.pidfd]
@@ -113,7 +113,8 @@ def host_on_node(args: dict[str, Any]) -> None:
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
     zygote = Zygote.connect(folder, until)
     args = {**args, "node": node, "host": util.get_node_ip_address()}
-    child = fork_agent(zygote, args, folder, until, [])
+    # Ray Train ends a worker without asking: its agent must go with it, or two would lead the run.
+    child = fork_agent(zygote, args, folder, until, [], outlive=False)
     try:
         while zygote.wait(child, 3600.0) is None:
             pass
@@ -123,8 +124,13 @@ def host_on_node(args: dict[str, Any]) -> None:
         child.kill()
 
 
-def fork_agent(zygote: Zygote, args: Mapping[str, Any], folder: Path, until: int, descriptors: list[int]) -> Any:
-    """Fork an agent; `descriptors` are kept open in it (the lease of the run)."""
+def fork_agent(
+    zygote: Zygote, args: Mapping[str, Any], folder: Path, until: int, descriptors: list[int], *, outlive: bool
+) -> Child:
+    """Fork an agent; `descriptors` are kept open in it (the lease of the run).
+
+    One that outlives its host puts the state on storage, and its shared memory is given back after it.
+    """
     node = args["node"]
     full = {**args, "zygote_folder": str(folder), "until": until}
     with open(Path(args["run"]) / "logs" / f"agent-{node}.log", "ab") as log:
@@ -134,8 +140,8 @@ def fork_agent(zygote: Zygote, args: Mapping[str, Any], folder: Path, until: int
             descriptors,
             log.fileno(),
             f"agent-{node}",
-            outlive=True,
-            cleanup=prefix(Path(args["run"]), node) + "-*",
+            outlive=outlive,
+            cleanup=prefix(Path(args["run"]), node) + "-*" if outlive else "",
         )
 
 

@@ -48,7 +48,6 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
                 bucket_cap_mb=options.bucket_mib,
                 gradient_as_bucket_view=True,
                 static_graph=options.static_graph,
-                broadcast_buffers=any(True for _ in part.buffers()),
             )
             for name, part in bare.items()
         }
