@@ -4,6 +4,7 @@ A plan is the one thing that crosses process boundaries. It is immutable and goe
 """
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
@@ -120,7 +121,9 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
     notes: list[str] = []
     warnings: list[str] = []
     workers = _workers(job, cluster, machine, notes, warnings)
-    shape = component.load("data", job.data.name).describe(job.data)
+    source = component.load("data", job.data.name)
+    data = source.resolve(job.data, Path.cwd())
+    shape = source.describe(data)
     size = component.load("models", job.model.name).describe(job.model, shape)
     component.load("strategies", job.strategy.name).check(job.strategy, job, workers)
     memory = cluster.memory_per_worker_gib or _memory_per_worker(machine, workers)
@@ -131,7 +134,7 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
         backend=cluster.backend,
         storage=os.path.abspath(os.path.expanduser(cluster.storage)),
         model=job.model,
-        data=job.data,
+        data=data,
         strategy=job.strategy,
         optimizer=job.optimizer,
         schedule=_schedule(job, notes),

@@ -1,7 +1,8 @@
-"""On what is trained. A data source is one file here, found by its name, with four things in it:
+"""On what is trained. A data source is one file here, found by its name, with five things in it:
 
 - `Options`: its settings (`dtrain.component.Options`);
 - `describe(options) -> DataShape`: what a model must know of it, without reading it;
+- `resolve(options, folder) -> Options`: the same with relative paths taken from `folder`; workers start elsewhere;
 - `prepare(options, cache)`: download nothing, convert once, keep by content hash under the folder `cache`;
   called once a node before its workers start, safe to call at the same time from several processes;
 - `open(options, cache) -> Source`: what a worker reads from.

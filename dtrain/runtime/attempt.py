@@ -111,7 +111,7 @@ class Attempt:
                     return Report({"steps": self._first_step}, step=self._first_step)  # nothing new to keep
                 if all(rank.done is not None for rank in self.ranks):
                     return Report(self.ranks[0].done, step=self.step)
-                if any(rank.error or rank.is_gone for rank in self.ranks):
+                if any(rank.error or (rank.is_gone and rank.done is None) for rank in self.ranks):
                     return self._fail([], turn)
                 if self._node.agreement.has_failed(self._generation):
                     return self._fail([], turn)
