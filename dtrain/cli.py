@@ -344,9 +344,21 @@ def doctor(as_json: bool) -> None:
     """Check whether this machine can train.
 
     Versions, devices, shared memory, ports, collectives, and a training step."""
-    from dtrain import doctor as module
+    from dataclasses import asdict
 
-    module.run(_say, as_json)
+    from dtrain.doctor import examine
+    from dtrain.view import console
+    from dtrain.view import doctor as view
+
+    findings = examine(_say)
+    verdict = view.verdict(findings)
+    if as_json:
+        _echo_json([asdict(finding) for finding in findings])
+    else:
+        console().print(view.show(findings))
+    if any(finding.state == "problem" for finding in findings):
+        raise ClusterError(verdict)
+    _say(verdict)
 
 
 @cli.section("The cluster")

@@ -7,7 +7,8 @@
 - `attend`: being with a run: following it, Ctrl-C, its end;
 - `outcome`: a run after it has ended;
 - `tables`: runs side by side, and the whole story of one;
-- `logs`: what its processes printed.
+- `logs`: what its processes printed;
+- `doctor`: what was found of this machine.
 """
 
 import os
