@@ -50,10 +50,10 @@ def check(machine: Machine, say: Say, entry: str = ENTRY, limit_s: float | None 
     say("starting ranks (importing torch)")
     findings: list[Finding] = []
     try:
-        with _warm_process(findings) as forks:
+        with warm_process(findings) as forks:
             for device, world in _worlds(machine):
                 say(f"exchanging and training with {world} x {device}")
-                findings += _World(forks, device, world, machine, entry, limit_s or LIMIT_S[device]).check()
+                findings += World(forks, device, world, machine, entry, limit_s or LIMIT_S[device]).check()
     except ClusterError as error:
         remedy = (
             "look at the lines above it in the message; most often torch cannot be imported: python -c 'import torch'"
@@ -75,7 +75,7 @@ class _Forks:
 
 
 @contextmanager
-def _warm_process(findings: list[Finding]) -> Iterator[_Forks]:
+def warm_process(findings: list[Finding]) -> Iterator[_Forks]:
     """A zygote of the doctor's own, in a folder of its own; both are gone when the block ends."""
     folder = Path(tempfile.mkdtemp(prefix="dtrain-doctor-"))
     process = zygote.start(folder, os.getpid())
@@ -124,6 +124,7 @@ class _Rank:
     heard_at: float = field(default_factory=time.monotonic)
     error: str = ""
     has_ended: bool = False
+    is_gone: bool = False
     results: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def hear(self, message: Mapping[str, Any]) -> None:
@@ -139,7 +140,7 @@ class _Rank:
             self.has_ended = True
 
 
-class _World:
+class World:
     """The ranks on one kind of device."""
 
     def __init__(self, forks: _Forks, device: str, world: int, machine: Machine, entry: str, limit_s: float) -> None:
@@ -204,11 +205,12 @@ class _World:
                 for key, _ in selector.select(0.1):
                     message = receive(key.data.channel)
                     if message is None:
+                        key.data.is_gone = True
                         selector.unregister(key.data.channel)
                     else:
                         key.data.hear(message)
                 now = time.monotonic()
-                lost = [rank for rank in ranks if rank.error or (not rank.child.is_alive and not rank.has_ended)]
+                lost = [rank for rank in ranks if rank.error or (rank.is_gone and not rank.has_ended)]
                 patience = 1.0 if lost else self._limit_s  # a rank's peers get a moment to say what they saw
                 if all(rank.has_ended or now - rank.heard_at > patience for rank in ranks if rank not in lost):
                     return
@@ -233,7 +235,7 @@ class _World:
 
     def _failure(self, ranks: Sequence[_Rank]) -> Finding:
         """What stopped the ranks, the cause before its consequences."""
-        died = next((r for r in ranks if not r.error and not r.has_ended and not r.child.is_alive), None)
+        died = next((r for r in ranks if r.is_gone and not r.error and not r.has_ended), None)
         raised = min((r for r in ranks if r.error), key=lambda r: r.heard_at, default=None)
         if died is not None:
             status = self._forks.zygote.wait(died.child, 1.0)

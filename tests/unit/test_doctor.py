@@ -67,7 +67,7 @@ def test_a_missing_package_that_few_need_is_ok_and_says_for_what():
 
 def test_dtrain_not_installed():
     found = [f for f in packages.check(FINE, False, (3, 11, 7), {}) if f.state == "problem"]
-    assert ["dtrain is not installed in this Python"] == [f.text for f in found]
+    assert [f.text for f in found] == ["dtrain is not installed in this Python"]
 
 
 def test_kubernetes_beside_s3fs():
