@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 MAX_BYTES = 180_000
-"""Longest message; a longer text in it (a traceback) is cut to fit."""
+"""Longest message; in a longer one texts (a traceback) are cut to fit."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -15,10 +15,12 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(channel: socket.socket, message: Mapping[str, Any]) -> bool:
     """Send one message; False when the other side is gone."""
-    data = json.dumps(message, default=str).encode()
-    if len(data) > MAX_BYTES:
-        cut = {k: v[: MAX_BYTES // 8] if isinstance(v, str) else v for k, v in message.items()}
-        data = json.dumps(cut, default=str).encode()[:MAX_BYTES]
+    data = _encode(message)
+    limit = MAX_BYTES // 8
+    while len(data) > MAX_BYTES and limit:
+        # A character takes up to twelve bytes once it is escaped: what is cut in half is never the JSON itself.
+        data = _encode({key: _cut(value, limit) for key, value in message.items()})
+        limit //= 2
     try:
         channel.sendall(data)
     except OSError:
@@ -33,3 +35,14 @@ def receive(channel: socket.socket) -> dict[str, Any] | None:
     except OSError:
         return None
     return dict(json.loads(data)) if data else None
+
+
+def _encode(message: Mapping[str, Any]) -> bytes:
+    return json.dumps(message, default=str).encode()
+
+
+def _cut(value: Any, limit: int) -> Any:
+    """A text cut to `limit` characters; nothing instead of another value that takes more than that."""
+    if isinstance(value, str):
+        return value[:limit]
+    return value if len(json.dumps(value, default=str)) <= limit else None
