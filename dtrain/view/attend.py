@@ -1,7 +1,13 @@
 """Being with a run: following it to its end, what Ctrl-C means, and leaving it alone."""
 
 import json
+import os
 import sys
+import termios
+import tty
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 
 import click
 
@@ -12,16 +18,25 @@ from dtrain.view import follow as live_view
 from dtrain.view import plan as plan_view
 from dtrain.view.follow import Answer
 
-KEYS: dict[str, Answer] = {"d": "detach", "s": "stop", "c": "continue", "\r": "continue", "\n": "continue"}
+KEYS: dict[str, Answer] = {
+    "d": "detach",
+    "s": "stop",
+    "c": "continue",
+    "\r": "continue",
+    "\n": "continue",
+    "": "detach",
+}
 
 
 def follow(run: Run, plan: Plan, as_json: bool, from_now: bool = False) -> int:
     """Show a run until it has ended, or the person leaves it; returns the exit code."""
     out = console(stderr=as_json)
     live = not as_json and sys.stdin.isatty() and out.file.isatty() and not out.is_dumb_terminal
-    out.print(plan_view.start(run.id, plan), soft_wrap=True)
-    stop = lambda: run.ask_to_stop("Ctrl-C")  # noqa: E731
-    ended = live_view.follow(run, out, ask=lambda: ask(live), stop=stop, from_now=from_now, live=live)
+    ended = None
+    with suppress(KeyboardInterrupt):  # outside the view it means what it means twice inside
+        out.print(plan_view.start(run.id, plan), soft_wrap=True)
+        stop = partial(run.ask_to_stop, "Ctrl-C")
+        ended = live_view.follow(run, out, ask=partial(ask, live), stop=stop, from_now=from_now, live=live)
     if ended is None:
         leave(run, as_json, hint_only=True)
         return 0
@@ -52,11 +67,21 @@ def ask(live: bool) -> Answer:
     """What Ctrl-C meant. Without a terminal there is nobody to ask: the run goes on, unattended."""
     if not live:
         return "detach"
-    click.echo("\n[d]etach and let it run, [s]top after a checkpoint, or [c]ontinue? ", nl=False, err=True)
-    try:
-        while (key := click.getchar().lower()) not in KEYS:
+    with _single_keys() as key:
+        click.echo("\n[d]etach and let it run, [s]top after a checkpoint, or [c]ontinue? ", nl=False, err=True)
+        while (answer := KEYS.get(key())) is None:
             pass
-    except (KeyboardInterrupt, EOFError):
-        key = "d"
-    click.echo(KEYS[key], err=True)
-    return KEYS[key]
+    click.echo(answer, err=True)
+    return answer
+
+
+@contextmanager
+def _single_keys() -> Iterator[Callable[[], str]]:
+    """Keys as they are typed, Ctrl-C excepted; none typed since the question was printed is lost."""
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    tty.setcbreak(terminal, termios.TCSADRAIN)
+    try:
+        yield lambda: os.read(terminal, 1).decode(errors="replace").lower()
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -114,7 +114,7 @@ def follow(
 ) -> runs.Record | None:
     """Show the run until it has ended, and return its record; None when the person detached.
 
-    `ask` is called on Ctrl-C, `stop` when the answer is to stop. With `from_now`, what happened before is not shown.
+    `ask` is called on Ctrl-C (a second one detaches), `stop` when the answer is to stop. With `from_now`, what happened before is not shown.
     """
     reader, progress = Reader(run), Progress()
     view: _View = _Live(out, run) if live else _Plain(out)
@@ -128,8 +128,11 @@ def follow(
             try:
                 return _until_end(run, reader, progress, view)
             except KeyboardInterrupt:
-                view.stop()
-                answer = ask()
+                try:
+                    view.stop()
+                    answer = ask()
+                except KeyboardInterrupt:
+                    answer = "detach"
                 if answer == "detach":
                     return None
                 if answer == "stop":
@@ -249,6 +252,7 @@ class _Live:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._out.show_cursor(True)
 
     def event(self, text: Text) -> None:
         self._out.print(text)

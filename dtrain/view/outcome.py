@@ -3,7 +3,6 @@
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -100,21 +99,27 @@ def sample(outcome: dict[str, Any]) -> list[RenderableType]:
     if not isinstance(text, str) or not text.strip():
         return []
     lines = words.visible(text).expandtabs(4).splitlines()
-    shown = Text("\n".join(lines[:MAX_SAMPLE_LINES]) + ("\n..." if len(lines) > MAX_SAMPLE_LINES else ""))
-    return [Text("\n  a sample of what it writes", style="dim"), Padding(shown, (0, 0, 0, 4), expand=False)]
+    if len(lines) > MAX_SAMPLE_LINES:
+        lines = [*lines[:MAX_SAMPLE_LINES], "..."]
+    return [Text("\n  a sample of what it writes", style="dim"), indented(lines, 4)]
 
 
 def failure(record: runs.Record) -> list[RenderableType]:
     """The cause in a sentence, the user's own traceback below it, and the next move."""
     parts: list[RenderableType] = []
     if record.cause:
-        parts += [Text(), Padding(Text(words.visible(record.cause), style="red"), (0, 0, 0, 2), expand=False)]
+        parts += [Text(), indented(words.visible(record.cause).splitlines(), 2, "red")]
     if record.error and record.error.strip() != record.cause.strip():
-        parts += [Text(), Padding(Text(words.visible(record.error).rstrip()), (0, 0, 0, 4), expand=False)]
+        parts += [Text(), indented(words.visible(record.error).rstrip().expandtabs(8).splitlines(), 4)]
     move = NEXT_MOVE.get(record.error_kind or "")
     if move:
         parts += [Text(), Text(f"  {move[0].upper()}{move[1:]}.")]
     return parts
+
+
+def indented(lines: list[str], by: int, style: str = "") -> Text:
+    """Lines moved to the right, and not filled up with spaces that a copy would pick up."""
+    return Text("\n".join(" " * by + line for line in lines), style=style)
 
 
 def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
