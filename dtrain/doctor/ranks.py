@@ -82,7 +82,7 @@ def warm_process(findings: list[Finding]) -> Iterator[_Forks]:
     connection: Zygote | None = None
     try:
         started = time.monotonic()
-        while not zygote.socket_path(folder).exists() or connection is None:
+        while not zygote.socket_path(folder, os.getpid()).exists() or connection is None:
             if process.poll() is not None or time.monotonic() > started + ZYGOTE_S:
                 how = "did not come up" if process.poll() is None else f"ended with {process.returncode}"
                 raise ClusterError(f"the process that ranks are forked from {how}: {_tail(folder / 'zygote.log')}")
@@ -107,7 +107,7 @@ def warm_process(findings: list[Finding]) -> Iterator[_Forks]:
 def _connect(folder: Path) -> Zygote:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        connection.connect(str(zygote.socket_path(folder)))
+        connection.connect(str(zygote.socket_path(folder, os.getpid())))
     except OSError:
         connection.close()
         raise

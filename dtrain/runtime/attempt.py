@@ -24,6 +24,7 @@ from dtrain.runtime.zygote import Child, Zygote
 GRACE_S = 2.0
 """How long survivors get to notice that another rank is gone."""
 RESCUE_S = 60.0
+WRITER_S = 1.0
 STACKS_S = 0.3
 """How long a hung rank gets to write down where it is."""
 WATCH_EVERY_S = 0.25
@@ -209,9 +210,13 @@ class Attempt:
 
     def _rescue(self, turn: Callable[[float], None]) -> int | None:
         """Let the survivor that came furthest copy its state; returns the step the snapshot then holds."""
+        if self.control.writing_step:
+            # The writer is reading it. A short wait costs less than the steps done since; after a long one, what the
+            # snapshot holds is good enough.
+            _wait(turn, lambda: not self.control.writing_step, WRITER_S)
         held = self._snapshot_step()
         if self.control.writing_step:
-            return held  # the writer is reading it; what it holds is good
+            return held
         survivors = [r for r in self.ranks if r.error is not None and r.error.get("can_rescue") and not r.is_gone]
         best = max(survivors, key=lambda r: r.error["step"], default=None)  # type: ignore[index]
         if best is None or best.error is None or (held is not None and best.error["step"] <= held):

@@ -58,8 +58,9 @@ LAST_CLIENTS_S = 300.0
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
 
 
-def socket_path(folder: Path) -> Path:
-    return folder / f"zygote-{fingerprint.of_code()}.sock"
+def socket_path(folder: Path, until: int) -> Path:
+    # A zygote whose cluster is gone may still be serving its last clients: the next cluster's is another one.
+    return folder / f"zygote-{fingerprint.of_code()}-{until}.sock"
 
 
 # -- the client's side ---------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ class Zygote:
 
         `until` is the process it must not outlive. Raises `ClusterError` when it does not come up.
         """
-        path = socket_path(folder)
+        path = socket_path(folder, until)
         deadline = time.monotonic() + timeout_s
         process = None
         while True:
@@ -190,7 +191,7 @@ class Zygote:
 
 def warm_up(folder: Path, until: int) -> None:
     """Start the node's zygote unless it serves already; does not wait for it."""
-    if not socket_path(folder).exists():
+    if not socket_path(folder, until).exists():
         start(folder, until)
 
 
@@ -360,7 +361,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--until", type=int, default=0)
     arguments = parser.parse_args()
-    path = socket_path(arguments.folder)
+    path = socket_path(arguments.folder, arguments.until)
     lock = os.open(arguments.folder / f"{path.stem}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     import fcntl
 
