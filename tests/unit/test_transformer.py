@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
-from dtrain.models.networks.transformer import IGNORED, Transformer, choose, linear_cross_entropy, rotate
+from dtrain.models.networks.transformer import IGNORED, Transformer, attend, choose, linear_cross_entropy, rotate
 from dtrain.models.transformer import LanguageModel, Options, build, describe
 from dtrain.spec.job import Train
 
@@ -277,3 +277,18 @@ def test_options_that_cannot_be_are_refused(words: dict[str, object], match: str
 def test_other_data_than_tokens_is_refused() -> None:
     with pytest.raises(InputError, match="learns from tokens, not from images"):
         describe(Options(), DataShape("images"))
+
+
+def test_plain_attention_in_bf16_is_torchs_attention() -> None:
+    torch.manual_seed(0)
+    words = [torch.randn(3, 2, 24, 16, requires_grad=True) for _ in range(3)]
+    low = [x.bfloat16() for x in words]
+    found = attend(*low, is_causal=True, dropout=0.0)
+    expected = F.scaled_dot_product_attention(*words, is_causal=True)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+    slope = torch.randn_like(expected)
+    for a, b in zip(
+        torch.autograd.grad(found, low, slope.bfloat16()), torch.autograd.grad(expected, words, slope), strict=True
+    ):
+        torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)

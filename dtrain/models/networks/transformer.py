@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 IGNORED = -1
 """A target with this value is not predicted."""
+PLAIN_ATTENTION_LENGTH = 512
+"""Longest text whose attention weights are held in memory, in bf16 on a CPU."""
 
 
 def lowered(x: torch.Tensor) -> torch.Tensor:
@@ -82,15 +84,27 @@ class Attention(nn.Module):
             query, key = rotate(query, *rotation), rotate(key, *rotation)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            # With a filled cache there is one query, the newest, and it may see everything.
-            is_causal=key.shape[2] == t,
-        )
+        # With a filled cache there is one query, the newest, and it may see everything.
+        mixed = attend(query, key, value, key.shape[2] == t, self.dropout if self.training else 0.0)
         return self.output(mixed.transpose(1, 2).reshape(b, t, w))
+
+
+def attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, is_causal: bool, dropout: float
+) -> torch.Tensor:
+    """Scaled dot-product attention of [b, h, t, d] tensors by torch's kernel, except in bf16 on a CPU.
+
+    There torch's kernel takes three times as long as three plain products while t is short (measured with 4 heads of
+    64 on AVX-512 bf16: 45 ms against 17 ms forward and backward for 16 x 256 tokens).
+    """
+    b, h, t, d = query.shape
+    if query.device.type != "cpu" or query.dtype != torch.bfloat16 or t > PLAIN_ATTENTION_LENGTH or not is_causal:
+        return F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
+    future = torch.full((t, t), -math.inf, dtype=query.dtype).triu(1)
+    query, key, value = (x.reshape(b * h, t, d) for x in (query, key, value))
+    scores = torch.baddbmm(future.expand(b * h, t, t), query, key.transpose(1, 2), alpha=d**-0.5)
+    weights = F.dropout(F.softmax(scores, dim=-1), dropout) if dropout else F.softmax(scores, dim=-1)
+    return (weights @ value).view(b, h, t, d)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
