@@ -13,6 +13,7 @@ step and complete: a rank killed in the middle of its copy leaves a slot that sa
 import contextlib
 import fcntl
 import json
+import math
 import mmap
 import os
 import struct
@@ -78,7 +79,9 @@ class Snapshot:
                 found = cls.open(path)
                 if found.entries == entries and found.num_slots == num_slots:
                     return found
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            # A new file, never the old one cut off: the writer may still be reading what was held before.
+            path.unlink(missing_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 # Memory is reserved now: running out of it later would be a SIGBUS in the middle of training.
                 os.posix_fallocate(descriptor, 0, data_offset + size)
@@ -110,13 +113,11 @@ class Snapshot:
             memory = mmap.mmap(descriptor, size)
         finally:
             os.close(descriptor)
-        magic, num_slots, index_size = HEADER.unpack_from(memory, 0)
-        if magic != MAGIC:
-            raise StorageError(f"{path}: not a snapshot")
-        start = HEADER.size + num_slots * SLOT.size
-        rows = json.loads(memory[start : start + index_size])
-        entries = [Entry(**{**row, "shape": tuple(row["shape"])}) for row in rows]
-        return cls(path, memory, num_slots, entries, _aligned(start + index_size, mmap.PAGESIZE))
+        try:
+            num_slots, entries, data_offset = _read_index(memory)
+        except (ValueError, TypeError, AttributeError):
+            raise StorageError(f"{path}: not a snapshot") from None
+        return cls(path, memory, num_slots, entries, data_offset)
 
     @property
     def num_bytes(self) -> int:
@@ -187,6 +188,22 @@ class Snapshot:
 
     def _mark(self, slot: int, step: int, is_complete: bool) -> None:
         SLOT.pack_into(self._memory, HEADER.size + slot * SLOT.size, step, int(is_complete))
+
+
+def _read_index(memory: mmap.mmap) -> tuple[int, list[Entry], int]:
+    """Number of slots, entries, and where the data begins. Raises `ValueError` for what leads outside the segment."""
+    magic, num_slots, index_size = HEADER.unpack_from(memory, 0)
+    start = HEADER.size + num_slots * SLOT.size
+    data_offset = _aligned(start + index_size, mmap.PAGESIZE)
+    if magic != MAGIC or num_slots < 1 or index_size < 1 or data_offset > len(memory):
+        raise ValueError
+    rows = json.loads(memory[start : start + index_size])
+    entries = [Entry(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+    for entry in entries:
+        size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
+        if size != entry.num_bytes or entry.offset < 0 or data_offset + entry.offset + size > len(memory):
+            raise ValueError
+    return num_slots, entries, data_offset
 
 
 def _copy(pairs: "list[tuple[torch.Tensor, torch.Tensor]]") -> None:
