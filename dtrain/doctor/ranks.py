@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -82,13 +82,12 @@ def warm_process(findings: list[Finding]) -> Iterator[_Forks]:
     connection: Zygote | None = None
     try:
         started = time.monotonic()
-        while not zygote.socket_path(folder, os.getpid()).exists() or connection is None:
+        while connection is None:
             if process.poll() is not None or time.monotonic() > started + ZYGOTE_S:
                 how = "did not come up" if process.poll() is None else f"ended with {process.returncode}"
                 raise ClusterError(f"the process that ranks are forked from {how}: {_tail(folder / 'zygote.log')}")
-            with suppress(OSError):
-                connection = _connect(folder)
             time.sleep(0.01)
+            connection = _connect(folder)
         took = time.monotonic() - started
         findings.append(Finding("zygote", "ok", f"the process that ranks are forked from was up in {took:.1f} s"))
         yield _Forks(connection, folder)
@@ -104,14 +103,15 @@ def warm_process(findings: list[Finding]) -> Iterator[_Forks]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _connect(folder: Path) -> Zygote:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    try:
-        connection.connect(str(zygote.socket_path(folder, os.getpid())))
-    except OSError:
-        connection.close()
-        raise
-    return Zygote(connection)
+def _connect(folder: Path) -> Zygote | None:
+    for path in folder.glob("zygote-*.sock"):
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            connection.connect(str(path))
+            return Zygote(connection)
+        except OSError:
+            connection.close()
+    return None
 
 
 @dataclass
