@@ -82,7 +82,7 @@ class Reader:
     """What is new in a run folder since the last look."""
 
     def __init__(self, run: runs.Run) -> None:
-        self._files = {"metric": run.path / "metrics.jsonl", "event": run.path / "events.jsonl"}
+        self._files = {"event": run.path / "events.jsonl", "metric": run.path / "metrics.jsonl"}
         self._offsets = dict.fromkeys(self._files, 0)
 
     def poll(self) -> list[tuple[str, dict[str, Any]]]:
@@ -114,7 +114,8 @@ def follow(
 ) -> runs.Record | None:
     """Show the run until it has ended, and return its record; None when the person detached.
 
-    `ask` is called on Ctrl-C (a second one detaches), `stop` when the answer is to stop. With `from_now`, what happened before is not shown.
+    `ask` is called on Ctrl-C (a second one detaches), `stop` when the answer is to stop. With `from_now`, what happened
+    before is not shown.
     """
     reader, progress = Reader(run), Progress()
     view: _View = _Live(out, run) if live else _Plain(out)

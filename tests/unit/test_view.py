@@ -42,14 +42,35 @@ def an_attempt(number: int, **changes: Any) -> runs.Attempt:
 
 def a_finished_run(storage: Path, **changes: Any) -> runs.Run:
     run = a_run(storage)
-    run.metric(step=50, attempt=1, loss=2.5, learning_rate=6e-4, grad_norm=0.5, steps_per_s=4.0, tokens_per_s=17_600)
-    run.metric(step=50, attempt=1, held_out={"loss": 2.6, "bits_per_byte": 3.75})
-    run.event("failure", message="rank 1 was killed by SIGKILL at step 52")
-    run.update(state="recovering", cause="rank 1 was killed by SIGKILL at step 52")
-    run.update(state="running", cause="2 workers go on from the snapshot of step 50")
-    run.event("checkpoint", message="checkpoint step-00000100 is written")
-    run.event("snapshot", step=60)
-    run.metric(step=100, attempt=2, loss=1.5, learning_rate=1e-5, grad_norm=0.4, steps_per_s=4.0, tokens_per_s=17_600)
+    (run.path / "events.jsonl").unlink()
+    run.event("state", time=1000.0, state="queued", cause="submitted")
+    run.metric(
+        time=1001.0,
+        step=50,
+        attempt=1,
+        loss=2.5,
+        learning_rate=6e-4,
+        grad_norm=0.5,
+        steps_per_s=4.0,
+        tokens_per_s=17_600,
+    )
+    run.metric(time=1002.0, step=50, attempt=1, held_out={"loss": 2.6, "bits_per_byte": 3.75})
+    killed_at = "rank 1 was killed by SIGKILL at step 52"
+    run.event("failure", time=1003.0, message=killed_at)
+    run.event("state", time=1004.0, state="recovering", cause=killed_at)
+    run.event("state", time=1005.0, state="running", cause="2 workers go on from the snapshot of step 50")
+    run.event("checkpoint", time=1006.0, message="checkpoint step-00000100 is written")
+    run.event("snapshot", time=1007.0, step=60)
+    run.metric(
+        time=1008.0,
+        step=100,
+        attempt=2,
+        loss=1.5,
+        learning_rate=1e-5,
+        grad_norm=0.4,
+        steps_per_s=4.0,
+        tokens_per_s=17_600,
+    )
     killed = an_attempt(1, ended_at=1010.0, last_step=52, cause="rank 1 was killed", failure="killed")
     done = an_attempt(2, started_at=1011.0, from_step=50, source="snapshot", ended_at=1020.0, last_step=100)
     run.update(
@@ -393,11 +414,18 @@ def test_ctrl_c_without_a_terminal_detaches_and_says_how_to_come_back(driven):
         follow_command(driven), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert command.stdout is not None
-    for _ in range(2):
-        command.stdout.readline()  # what the plan is; then it follows
-    time.sleep(0.3)
-    driven.metric(step=43, attempt=1, loss=1.5)
-    assert "step 43/100" in command.stdout.readline()
+    following = threading.Event()
+
+    def train() -> None:
+        while not following.wait(0.1):
+            driven.metric(step=43, attempt=1, loss=1.5)
+
+    training = threading.Thread(target=train)
+    training.start()
+    while "step 43/100" not in command.stdout.readline():
+        pass
+    following.set()
+    training.join()
     command.send_signal(signal.SIGINT)
     _, said = command.communicate(timeout=20)
     assert command.returncode == 0
