@@ -53,7 +53,13 @@ def paired(name: str, ours: Sequence[float], theirs: Sequence[float], target: fl
     low, high = middle_half(ratios)
     words = f"{duration(statistics.median(ours))} : {duration(statistics.median(theirs))}"
     return Figure(
-        name, statistics.median(ratios), target, low=low, high=high, num=len(ratios), note=f"{words}{note and '; '}{note}"
+        name,
+        statistics.median(ratios),
+        target,
+        low=low,
+        high=high,
+        num=len(ratios),
+        note=f"{words}{note and '; '}{note}",
     )
 
 

@@ -121,7 +121,9 @@ class Submitted:
 class Script:
     """A rival: a command that appends one JSON line to `log` for each step it has completed."""
 
-    def __init__(self, command: list[str], log: Path, config: Mapping[str, Any], environment: Mapping[str, str]) -> None:
+    def __init__(
+        self, command: list[str], log: Path, config: Mapping[str, Any], environment: Mapping[str, str]
+    ) -> None:
         self._log = log
         self._output = log.with_suffix(".out")
         config_path = log.with_suffix(".json")
