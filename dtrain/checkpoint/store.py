@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
 
 from dtrain.checkpoint.retention import Candidate, surplus
 from dtrain.errors import StorageError
 from dtrain.spec.job import Keep
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
-NAME = re.compile(r"step-(\d{8,})$")
+NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})$")
 BLOCK = 1 << 20
 
 
@@ -36,15 +36,10 @@ def path_of(folder: Path, step: int) -> Path:
 
 def steps(folder: Path) -> list[int]:
     """Steps of all checkpoints that are committed, ascending; their bytes are not checked."""
-    if not folder.is_dir():
-        return []
-    found = ((NAME.match(p.name), p) for p in folder.iterdir())
-    return sorted(int(match[1]) for match, p in found if match and (p / MARKER).is_file())
+    return [step for step in _all_steps(folder) if (path_of(folder, step) / MARKER).is_file()]
 
 
-def write(
-    folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any], num_files: int = 2
-) -> int:
+def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> int:
     """Write and commit one checkpoint; returns its size in bytes.
 
     `tensors` are read in place. Raises `StorageError` when storage refuses; what was begun is then removed, and no
@@ -55,7 +50,8 @@ def write(
         if path.exists():
             _remove(path)  # a checkpoint of the same step that was never committed, or of an abandoned line
         path.mkdir(parents=True)
-        writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=num_files)
+        # One thread: DCP loses what goes wrong in any other, and writes an index that lacks what was to be there.
+        writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1)
         with _without_process_group():
             dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
         sizes = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
@@ -66,7 +62,7 @@ def write(
         _write_durably(path / MARKER, hashlib.sha256(manifest).hexdigest().encode())
         _sync_folder(path)
         _sync_folder(folder)
-    except Exception as error:  # DCP wraps what storage says in exceptions of its own
+    except (Exception, CheckpointException) as error:  # DCP's own is no `Exception`
         with contextlib.suppress(OSError):
             _remove(path)
         cause = _root(error)
@@ -79,14 +75,16 @@ def write(
 def read_manifest(path: Path) -> dict[str, Any]:
     """The manifest of a committed checkpoint. Raises `StorageError` when it is not committed or not whole."""
     try:
-        marker = (path / MARKER).read_text()
-    except OSError:
+        marker = (path / MARKER).read_bytes()
+    except FileNotFoundError:
         raise StorageError(f"{path.name}: no {MARKER} marker: it was never finished") from None
+    except OSError as error:
+        raise StorageError(f"{path.name}: {MARKER} cannot be read ({error.strerror})") from None
     try:
         manifest = (path / MANIFEST).read_bytes()
     except OSError as error:
         raise StorageError(f"{path.name}: {MANIFEST} cannot be read ({error.strerror})") from None
-    if hashlib.sha256(manifest).hexdigest() != marker.strip():
+    if hashlib.sha256(manifest).hexdigest().encode() != marker:
         raise StorageError(f"{path.name}: {MANIFEST} is not the one that was committed")
     return dict(json.loads(manifest))
 
@@ -111,10 +109,8 @@ def newest_valid(folder: Path, rejected: Callable[[str], None]) -> tuple[Path, d
 
     `rejected` is told, in a sentence, of each newer one that is passed over and why.
     """
-    if not folder.is_dir():
-        return None
-    found = sorted((p for p in folder.iterdir() if NAME.match(p.name)), key=lambda p: int(p.name[5:]), reverse=True)
-    for path in found:
+    for step in reversed(_all_steps(folder)):
+        path = path_of(folder, step)
         try:
             return path, verify(path)
         except StorageError as error:
@@ -130,23 +126,36 @@ def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         live = {name: tensor.detach() for name, tensor in tensors.items()}
         with _without_process_group():
             dcp.load(live, storage_reader=FileSystemReader(path), no_dist=True)
-    except Exception as error:
+    except (Exception, CheckpointException) as error:
         cause = _root(error)
         raise StorageError(f"{path.name} cannot be loaded: {type(cause).__name__}: {cause}") from error
 
 
 def prune(folder: Path, keep: Keep) -> list[int]:
-    """Delete what the retention rule lets go; returns the steps deleted."""
-    candidates = []
-    for step in steps(folder):
+    """Delete what the retention rule lets go, and what was begun before the newest one and never finished.
+
+    Returns the steps of the committed ones deleted. Called by the run's one writer.
+    """
+    candidates, committed = [], steps(folder)
+    for step in committed:
         with contextlib.suppress(StorageError):
             metrics = read_manifest(path_of(folder, step)).get("metrics") or {}
             candidates.append(Candidate(step, metrics.get("loss")))
     gone = surplus(candidates, keep)
-    for step in gone:
+    newest = max((c.step for c in candidates), default=0)
+    unfinished = [step for step in _all_steps(folder) if step < newest and step not in committed]
+    for step in [*gone, *unfinished]:
         with contextlib.suppress(OSError):
             _remove(path_of(folder, step))
     return gone
+
+
+def _all_steps(folder: Path) -> list[int]:
+    """Steps of all checkpoints, finished or not, ascending."""
+    if not folder.is_dir():
+        return []
+    found = ((NAME.match(p.name), p) for p in folder.iterdir())
+    return sorted(int(match[1]) for match, p in found if match and p.is_dir())
 
 
 @contextlib.contextmanager
@@ -187,11 +196,11 @@ def _sync_folder(path: Path) -> None:
 
 
 def _root(error: BaseException) -> BaseException:
-    """The failure inside DCP's wrapper and inside chained exceptions."""
+    """What storage said, inside DCP's wrapper and whatever else was raised on the way; else the wrapped error."""
     failures = getattr(error, "failures", None)
     if failures:
         return _root(next(iter(failures.values()))[0])
-    for nested in (error.__cause__, error.__context__):
-        if isinstance(nested, OSError):
-            return nested
-    return error
+    nested: BaseException | None = error
+    while nested is not None and not isinstance(nested, OSError):
+        nested = nested.__cause__ or nested.__context__
+    return nested or error
