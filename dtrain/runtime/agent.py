@@ -64,7 +64,11 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
             os.close(descriptor)  # the lease: the next driver takes it
         log = (agent.run_folder.logs / "driver.log").open("ab")
         subprocess.Popen(
-            args["driver_command"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+            [*args["driver_command"], "--again"],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
     return 0
 

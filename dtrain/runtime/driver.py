@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain import fingerprint
-from dtrain.errors import ClusterError, DtrainError, StorageError, from_kind
+from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
 from dtrain.plan import Plan
 from dtrain.runs import ENDED, Record, Run
 from dtrain.runs import Attempt as AttemptRecord
@@ -68,7 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     finally:
         if arguments.spare and not (arguments.wait and run_path is None) and _is_alive(until):
-            subprocess.Popen(waiting_command, stdin=subprocess.DEVNULL, start_new_session=True, stderr=_log(arguments))
+            log_file = _log(arguments)
+            subprocess.Popen(
+                waiting_command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
+            )
         sys.stdout.flush()
         sys.stderr.flush()
         if ray is not None or run_path is not None:
@@ -101,11 +104,15 @@ class Driver:
             return
         self._attempts = [a.model_dump() for a in record.attempts]
         self._update(driver_pid=os.getpid(), state="queued", cause="waiting for resources", ended_at=None)
+        if self._arguments.again:
+            self._update(submissions=record.submissions + 1)
         marker = self._arguments.folder / "drivers" / str(os.getpid())
         reservation = None
         try:
             marker.parent.mkdir(exist_ok=True)
             marker.write_text(str(self._run.path))
+            if self._arguments.again:
+                self._check_budget()
             ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
             reservation = Reservation(ray, self._plan, self._run.id)
             if self._await_resources(reservation):
@@ -123,6 +130,13 @@ class Driver:
                 reservation.release()
             with contextlib.suppress(OSError):
                 marker.unlink()
+
+    def _check_budget(self) -> None:
+        lost = sum(event["event"] == "driver-lost" for event in self._run.events())
+        if lost > self._plan.retry.driver:
+            raise RetriesExhausted(
+                f"retry.driver allows {self._plan.retry.driver}, all used: the driver was lost {lost} times"
+            )
 
     # -- waiting -------------------------------------------------------------------------------------------
 
@@ -377,6 +391,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--token", type=Path, help="file with Ray's authentication token")
     parser.add_argument("--folder", type=Path, required=True, help="folder of sockets on this node")
     parser.add_argument("--until", type=int, default=0, help="process not to outlive")
+    parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
     parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
     return parser.parse_args(argv)
 

@@ -143,6 +143,8 @@ class Retry(Options):
     """Workers that left before the work was done."""
     agent: NumTimes = 5
     """Losses of the process that watches a node's workers."""
+    driver: NumTimes = 5
+    """Losses of the process that drives the run."""
     without_progress: Annotated[int, Field(gt=0, le=10**6)] = 3
     """Failures in a row, of any class, with no new step completed in between."""
     hang_timeout_s: Seconds = 120.0

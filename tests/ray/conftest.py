@@ -41,7 +41,9 @@ class Desk:
             raise AssertionError(f"{words} ended with {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done
 
-    def submit(self, *settings: str, detach: bool = False, check: bool = True) -> tuple[Run, subprocess.CompletedProcess]:
+    def submit(
+        self, *settings: str, detach: bool = False, check: bool = True
+    ) -> tuple[Run, subprocess.CompletedProcess]:
         words = ["submit", str(JOB), "-c", str(self.cluster)]
         for setting in settings:
             words += ["--set", setting]
