@@ -114,7 +114,7 @@ def follow(
 ) -> runs.Record | None:
     """Show the run until it has ended, and return its record; None when the person detached.
 
-    `ask` is called on Ctrl-C (a second one detaches), `stop` when the answer is to stop. With `from_now`, what happened
+    `ask` is called on Ctrl-C, `stop` when the answer is to stop. With `from_now`, what happened
     before is not shown.
     """
     reader, progress = Reader(run), Progress()
@@ -129,11 +129,8 @@ def follow(
             try:
                 return _until_end(run, reader, progress, view)
             except KeyboardInterrupt:
-                try:
-                    view.stop()
-                    answer = ask()
-                except KeyboardInterrupt:
-                    answer = "detach"
+                view.stop()
+                answer = ask()
                 if answer == "detach":
                     return None
                 if answer == "stop":

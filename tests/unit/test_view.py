@@ -205,7 +205,10 @@ def test_training_lines_come_at_most_every_two_seconds(tmp_path, monkeypatch):
 def test_a_run_is_followed_to_an_end_that_comes_later(tmp_path):
     run = a_run(tmp_path, state="running", cause="x")
 
+    run.metric(step=98, attempt=1, loss=1.0)
+
     def end() -> None:
+        run.metric(step=99, attempt=1, loss=1.0)
         run.metric(step=100, attempt=1, loss=1.0)
         run.event("checkpoint", message="the last checkpoint")
         run.update(state="succeeded", cause="done", exit_code=0)
@@ -267,6 +270,8 @@ def test_the_panel_fits_the_terminal(tmp_path, width):
     progress.take({"step": 50, "held_out": {"loss": 1.0, "bits_per_byte": 2.0}})
     text = shown(follow.panel(progress, record, 1010.0, width), width)
     assert all(len(line) <= width for line in text.splitlines())
+    for figure in ("loss 1.0000", "held out 2.0000 bits/byte", "lr 1.0e-3", "gradient 1.0000", "elapsed 10s"):
+        assert figure in text
     if width >= 80:
         for word in (
             record.id,
@@ -274,8 +279,6 @@ def test_the_panel_fits_the_terminal(tmp_path, width):
             "attempt 2",
             "step 50/100",
             "50%",
-            "held out 2.0000 bits/byte",
-            "lr 1.0e-3",
         ):
             assert word in text
 
@@ -368,6 +371,7 @@ def test_on_a_terminal_there_is_a_bar_and_events_are_lines_above_it(driven, term
     assert tty.end() == 3
     assert "rank 1 raised ValueError at step 43" in tty.text
     assert tty.raw.rfind("\x1b[?25h") > tty.raw.rfind("\x1b[?25l")  # the cursor is back
+    assert "\x1b[2K" in tty.raw[tty.raw.rfind("42%") :]  # and the bar is gone
 
 
 def test_ctrl_c_asks_and_goes_on(driven, terminal):
