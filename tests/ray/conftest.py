@@ -109,13 +109,6 @@ def replace_zygote(desk: Desk) -> subprocess.Popen[bytes]:
     return zygote
 
 
-@pytest.fixture(autouse=True)
-def no_fault_is_left(desk: Desk) -> Iterator[None]:
-    yield
-    for path in desk.faults.iterdir():
-        path.unlink()
-
-
 @pytest.fixture(scope="session")
 def undisturbed(desk: Desk) -> Run:
     run, _ = desk.submit()

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from conftest import JOB, Desk, kill, pid_of
 from dtrain.checkpoint import store
 from dtrain.checkpoint.shared_memory import FOLDER, prefix
 from dtrain.runs import Run
+
+
+@pytest.fixture(autouse=True)
+def no_fault_is_left(desk: Desk) -> Iterator[None]:
+    yield
+    for path in desk.faults.iterdir():
+        path.unlink()
 
 
 def weights(run: Run, step: int = 60) -> dict:

@@ -1,0 +1,53 @@
+"""Several nodes: Ray Train places one agent on each, the agents agree about every attempt, a lost one is replaced."""
+
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from conftest import kill, pid_of
+
+from dtrain.runs import Record, Run
+
+
+@pytest.mark.timeout(300)
+def test_two_nodes_lose_a_worker_and_then_an_agent() -> None:
+    with tempfile.TemporaryDirectory(prefix="dt-") as folder:
+        storage = Path(folder)
+        with (storage / "out").open("wb") as out:
+            command = [sys.executable, str(Path(__file__).parent / "two_nodes.py"), folder]
+            launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=out, text=True)
+        assert launcher.stdout is not None
+        run = Run(Path(launcher.stdout.readline().strip()))
+        assert run.path.parent == storage, (storage / "out").read_text()[-3000:]
+        _until(run, lambda record: record.state == "running" and bool(run.metrics()), 120)
+        assert run.record.num_workers == 2
+        kill(pid_of(run, "rank-1"))
+        _until(run, lambda record: len(record.attempts) == 2 and record.state == "running", 30)
+        first, second = run.record.attempts
+        assert first.failure == "killed"
+        assert "rank 1 was killed by SIGKILL" in (first.cause or "")
+        assert second.source == "snapshot"
+        assert second.from_step > 0
+        kill(pid_of(run, "agent-1"))
+        _until(run, lambda record: len(record.attempts) == 3 and record.state == "running", 120)
+        *_, lost, third = run.record.attempts
+        assert lost.failure == "agent"
+        assert third.from_step >= second.from_step
+        (storage / "stop").touch()
+        run.request_stop("the test")
+        record = _until(run, lambda record: record.ended, 60)
+        assert record.state == "stopped", record
+        launcher.communicate(timeout=60)
+
+
+def _until(run: Run, condition, timeout: float) -> Record:
+    deadline = time.monotonic() + timeout
+    while not condition(record := run.record):
+        said = "\n".join(p.read_text()[-2000:] for p in [*run.logs.glob("*.log"), run.path.parent / "out"])
+        assert not record.ended, (record, said)
+        assert time.monotonic() < deadline, (record, run.events(), said)
+        time.sleep(0.05)
+    return record
