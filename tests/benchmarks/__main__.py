@@ -22,7 +22,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", metavar="NAME", help=f"which ones ({', '.join(BENCHMARKS)}); all by default"
+        "names", nargs="*", metavar="NAME", help=f"{', '.join(BENCHMARKS)}; all by default"
     )
     parser.add_argument("--quick", action="store_true", help="few measurements, to see that it works; nothing is kept")
     arguments = parser.parse_args()
@@ -30,6 +30,7 @@ def main() -> None:
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there is: {', '.join(BENCHMARKS)}")
     console = Console()
+    console.width = max(console.width, 130)
     for name in arguments.names or BENCHMARKS:
         module = importlib.import_module(f"tests.benchmarks.{BENCHMARKS[name]}")
         started = time.monotonic()

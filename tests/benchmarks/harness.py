@@ -51,7 +51,7 @@ def paired(name: str, ours: Sequence[float], theirs: Sequence[float], target: fl
         raise ValueError(f"{name}: {len(ours)} measurements of ours beside {len(theirs)} of theirs")
     ratios = [mine / rival for mine, rival in zip(ours, theirs, strict=True)]
     low, high = middle_half(ratios)
-    words = f"{duration(statistics.median(ours))} : {duration(statistics.median(theirs))}"
+    words = [f"{duration(statistics.median(ours))} : {duration(statistics.median(theirs))}", note]
     return Figure(
         name,
         statistics.median(ratios),
@@ -59,7 +59,7 @@ def paired(name: str, ours: Sequence[float], theirs: Sequence[float], target: fl
         low=low,
         high=high,
         num=len(ratios),
-        note=f"{words}{note and '; '}{note}",
+        note="; ".join(filter(None, words)),
     )
 
 

@@ -213,7 +213,8 @@ class Tail:
         found: list[dict[str, Any]] = []
 
         def look() -> bool:
-            for self._offset, line in iterate_lines(self._path, self._offset):
+            for offset, line in iterate_lines(self._path, self._offset):
+                self._offset = offset
                 if condition(line):
                     found.append(line)
                     return True
@@ -233,11 +234,7 @@ def await_(condition: Callable[[], Any], timeout_s: float, complaint: str) -> No
 
 def children(pid: int) -> dict[int, str]:
     """Pid and name of each living child."""
-    found = {}
-    for child, fields, name in processes():
-        if int(fields[1]) == pid and fields[0] != "Z":
-            found[child] = name
-    return found
+    return {child: name for child, fields, name in processes() if int(fields[1]) == pid and fields[0] != "Z"}
 
 
 def session_members(session: int) -> list[int]:

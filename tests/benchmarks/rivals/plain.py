@@ -64,7 +64,7 @@ class Log:
     """One line a completed step."""
 
     def __init__(self, path: str, **facts: Any) -> None:
-        self._file = open(path, "a", buffering=1)
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - as long as the process
         self._facts = facts
 
     def write(self, **facts: Any) -> None:
