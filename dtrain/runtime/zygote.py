@@ -5,7 +5,8 @@ between runs and ends with the process it was told to outlive no longer than (`u
 
     client                             zygote
     fork(entry, args, descriptors) ->  fork; the child calls entry(args, descriptors)
-                                   <-  {"pid": ...}
+                                   <-  {"pid": ...}, with its pidfd
+                                   <-  {"refused": why}                 when there is no room for another process
                                    <-  {"exited": pid, "status": ...}   when it has ended
     (client gone)                      its children are killed, except those forked with `outlive=True`
 
@@ -144,9 +145,12 @@ class Zygote:
             socket.send_fds(self._socket, [json.dumps(request).encode()], [log, *descriptors])
             while True:
                 reply = self._receive()
+                if "refused" in reply:
+                    raise ClusterError(
+                        f"the zygote cannot fork {name} ({reply['refused']}); see ulimit -u and free memory"
+                    )
                 if "pid" in reply:
-                    break
-            return Child(reply["pid"], os.pidfd_open(reply["pid"]))
+                    return Child(reply["pid"], reply["pidfd"])
         except OSError as error:
             raise ClusterError(f"the zygote is gone ({error.strerror or error})") from None
 
@@ -180,10 +184,12 @@ class Zygote:
         self._socket.close()
 
     def _receive(self) -> dict[str, Any]:
-        data = self._socket.recv(MAX_MESSAGE)
+        data, descriptors, _, _ = socket.recv_fds(self._socket, MAX_MESSAGE, 1, socket.MSG_CMSG_CLOEXEC)
         if not data:
             raise ConnectionResetError("the zygote closed the connection")
         message: dict[str, Any] = json.loads(data)
+        if descriptors:
+            message["pidfd"] = descriptors[0]
         if "exited" in message:
             self._statuses[message["exited"]] = message["status"]
         return message
@@ -267,23 +273,40 @@ class Server:
 
     def _serve_session(self, session: _Session) -> None:
         try:
-            data, descriptors, _, _ = socket.recv_fds(session.connection, MAX_MESSAGE, MAX_DESCRIPTORS)
+            data, descriptors, _, _ = socket.recv_fds(
+                session.connection, MAX_MESSAGE, MAX_DESCRIPTORS, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError:
             data, descriptors = b"", []
         if not data:
             self._end_session(session)
             return
-        request = json.loads(data)
-        pid = os.fork()
+        try:
+            request = json.loads(data)
+            forked = _Forked(session, bool(request["outlive"]), str(request["cleanup"]))
+        except (ValueError, TypeError, KeyError):
+            # Whoever says this is broken, and must not break the ranks of others.
+            _close(descriptors)
+            self._end_session(session)
+            return
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as error:
+            _close(descriptors)
+            self._tell(session, {"refused": error.strerror})
+            return
         if pid == 0:
-            self._become(request, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        self._forked[pid] = _Forked(session, request["outlive"], request["cleanup"])
+            self._become(request, descriptors, parent)
+        _close(descriptors)
+        self._forked[pid] = forked
         session.children.add(pid)
-        self._tell(session, {"pid": pid})
+        # Opened here, where the child is not reaped yet: a client could come too late, or meet another of this number.
+        pidfd = os.pidfd_open(pid)
+        self._tell(session, {"pid": pid}, [pidfd])
+        os.close(pidfd)
 
-    def _become(self, request: dict[str, Any], descriptors: list[int]) -> None:
+    def _become(self, request: dict[str, Any], descriptors: list[int], parent: int) -> None:
         """In the child: leave everything of the zygote behind and run the entry. Never returns."""
         code = 1
         try:
@@ -293,6 +316,8 @@ class Server:
             libc.prctl(PR_SET_NAME, request["name"].encode()[:15], 0, 0, 0)
             if not request["outlive"]:
                 libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+                if os.getppid() != parent:
+                    os._exit(1)  # the zygote ended before it could be asked for
             self._listener.close()
             for session in self._sessions.values():
                 session.connection.close()
@@ -351,9 +376,14 @@ class Server:
                     with contextlib.suppress(OSError):
                         os.unlink(path)
 
-    def _tell(self, session: _Session, message: dict[str, Any]) -> None:
+    def _tell(self, session: _Session, message: dict[str, Any], descriptors: Sequence[int] = ()) -> None:
         with contextlib.suppress(OSError):
-            session.connection.send(json.dumps(message).encode())
+            socket.send_fds(session.connection, [json.dumps(message).encode()], descriptors)
+
+
+def _close(descriptors: Sequence[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def main() -> None:
