@@ -244,11 +244,12 @@ class World:
         elif raised is not None:
             text, place = f"rank {raised.number} failed in {raised.doing}: {raised.error}", raised.doing
         else:
-            # Ranks wait for each other: the one that has come least far holds up the others.
-            late = min((r for r in ranks if not r.has_ended), key=lambda r: (len(r.results), r.heard_at))
-            waiting = [str(r.number) for r in ranks if r is not late and r.doing != late.doing]
-            others = f" (rank {', '.join(waiting)} had come further)" if waiting else ""
-            text, place = f"rank {late.number} hung in {late.doing}: silent for {self._limit_s:g} s{others}", late.doing
+            # Ranks wait for each other: those that have come least far hold up the others.
+            least = min(len(rank.results) for rank in ranks if not rank.has_ended)
+            late = [rank for rank in ranks if not rank.has_ended and len(rank.results) == least]
+            who = ", ".join(str(rank.number) for rank in late)
+            place = late[0].doing
+            text = f"rank{'s' * (len(late) > 1)} {who} hung in {place}: silent for {self._limit_s:g} s"
         area = place.removeprefix("done with ")
         return Finding(
             f"{area} ({self._collectives})", "problem", f"{text}; what comes after it was not tried", self._remedy(area)
