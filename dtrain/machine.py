@@ -10,6 +10,8 @@ from dataclasses import dataclass
 class Gpu:
     name: str
     memory_gib: float
+    computes_bf16: bool = True
+    """Compute capability 8.0 (Ampere) and newer."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +21,13 @@ class Machine:
     memory_gib: float
     """Main memory this process may use."""
     gpus: tuple[Gpu, ...] = ()
+    cores_compute_bf16: bool = False
+    """Whether the processor has bf16 dot products; without them bf16 is emulated, many times slower than fp32."""
 
 
 def probe() -> Machine:
     """Look at the machine this runs on."""
-    return Machine(num_cores=_cores(), memory_gib=_memory_gib(), gpus=_gpus())
+    return Machine(num_cores=_cores(), memory_gib=_memory_gib(), gpus=_gpus(), cores_compute_bf16=_cores_compute_bf16())
 
 
 def _cores() -> int:
@@ -32,6 +36,11 @@ def _cores() -> int:
     if len(quota) == 2 and quota[0].isdigit():
         cores = min(cores, max(1, int(quota[0]) // int(quota[1])))
     return cores
+
+
+def _cores_compute_bf16() -> bool:
+    flags = _read("/proc/cpuinfo")
+    return "amx_bf16" in flags or "avx512_bf16" in flags
 
 
 def _memory_gib() -> float:
@@ -46,13 +55,17 @@ def _gpus() -> tuple[Gpu, ...]:
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()
-    query = [command, "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    query = [command, "--query-gpu=name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
         lines = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return ()
-    rows = [line.rsplit(",", 1) for line in lines if line.count(",")]
-    return tuple(Gpu(name.strip(), float(mib) / 1024) for name, mib in rows if mib.strip().replace(".", "").isdigit())
+    rows = [[word.strip() for word in line.rsplit(",", 2)] for line in lines if line.count(",") >= 2]
+    return tuple(
+        Gpu(name, float(mib) / 1024, capability.partition(".")[0] not in ("3", "5", "6", "7"))
+        for name, mib, capability in rows
+        if mib.replace(".", "").isdigit()
+    )
 
 
 def _read(path: str) -> str:

@@ -138,7 +138,7 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
         strategy=job.strategy,
         optimizer=job.optimizer,
         schedule=_schedule(job, notes),
-        train=job.train,
+        train=_train(job, workers, machine, notes),
         evaluate=_evaluate(job, notes),
         checkpoint=_checkpoint(job, notes),
         retry=job.retry,
@@ -226,6 +226,19 @@ def _batch(
 
 def _workers_word(number: int) -> str:
     return f"{number} worker{'' if number == 1 else 's'}"
+
+
+def _train(job: JobSpec, workers: Workers, machine: Machine, notes: list[str]) -> Train:
+    if job.train.precision != "auto":
+        return job.train
+    if workers.device == "cuda":
+        has_bf16 = all(gpu.computes_bf16 for gpu in machine.gpus)
+    else:
+        has_bf16 = machine.cores_compute_bf16
+    precision = "bf16" if has_bf16 else "fp32"
+    what = "GPUs" if workers.device == "cuda" else "cores"
+    notes.append(f"train.precision: {precision} (these {what} {'have' if has_bf16 else 'lack'} bf16 arithmetic)")
+    return job.train.model_copy(update={"precision": precision})
 
 
 def _schedule(job: JobSpec, notes: list[str]) -> Schedule:

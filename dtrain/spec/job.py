@@ -91,8 +91,9 @@ class Train(Options):
     """Optimizer steps in the whole run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random number: weights, sample order, dropout."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Number format of the forward and backward pass; weights and optimizer state stay fp32."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Number format of the forward and backward pass, weights and optimizer state stay fp32; `auto` is bf16 where the
+    hardware computes in it."""
     clip_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = 1.0
     """Largest norm of all gradients together; `null` turns clipping off."""
     compile: bool = False
