@@ -243,7 +243,9 @@ def logs(word: str | None, storage: str, follows: bool, num_lines: int | None, r
 
     if rank is not None and which:
         raise click.UsageError("--rank names a worker's log; leave out --driver and --agent")
-    pattern = f"rank-{rank}.log" if rank is not None else f"{which or 'rank'}*.log"
+    pattern = (
+        f"rank-{rank}.log" if rank is not None else "driver.log" if which == "driver" else f"{which or 'rank'}-*.log"
+    )
     view.show(_find(storage, word), pattern, sys.stdout.buffer, follows=follows, num_lines=num_lines)
 
 
@@ -261,7 +263,7 @@ def metrics(word: str | None, storage: str, everything: bool, as_json: bool) -> 
     elif lines:
         from dtrain.view import console, tables
 
-        console().print(tables.metrics(lines, everything))
+        console().print(tables.metrics(lines, everything), soft_wrap=True)
     else:
         click.echo("nothing measured yet", err=True)
 

@@ -341,7 +341,7 @@ def list_runs(storage: Path) -> list[Run]:
     """All runs under `storage`, the oldest first; those whose record cannot be read before all others."""
     if not storage.is_dir():
         return []
-    found = [Run(p) for p in storage.iterdir() if (p / "run.json").is_file()]
+    found = [Run(p) for p in storage.absolute().iterdir() if (p / "run.json").is_file()]
     return sorted(found, key=lambda run: (_created_at(run), run.id))
 
 

@@ -204,38 +204,32 @@ def _times(record: runs.Record) -> str:
 # -- metrics -------------------------------------------------------------------------------------------------
 
 
-def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> RenderableType:
+def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> Text:
     """Training and held-out figures by step; thinned to a screenful unless `everything`."""
     rows: dict[int, dict[str, Any]] = {}
     for line in lines:
         row = rows.setdefault(int(line.get("step", 0)), {})
         held_out = line.get("held_out")
         row.update({"held_out": held_out} if isinstance(held_out, dict) else line)
-    steps = sorted(rows) if everything else _thinned(rows)
     # The held-out figures worth a column of their own, in the order they were first measured.
     measured = list(dict.fromkeys(k for s in sorted(rows) for k in rows[s].get("held_out", {})))
-    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
-    for name in (
-        "step",
-        "loss",
-        "lr",
-        "gradient",
-        "steps/s",
-        *(f"held-out {m.replace('_', ' ').replace(' per ', '/')}" for m in measured),
-    ):
-        table.add_column(name, justify="right")
-    for step in steps:
+    names = ["step", "loss", "lr", "gradient", "steps/s"]
+    names += [f"held-out {m.replace('_per_', '/').replace('_', ' ')}" for m in measured]
+    cells = []
+    for step in sorted(rows) if everything else _thinned(rows):
         row = rows[step]
         held_out = row.get("held_out", {})
-        table.add_row(
-            f"{step:,}",
+        figures = [
             _cell(row.get("loss"), words.measure),
             _cell(row.get("learning_rate"), words.rate),
             _cell(row.get("grad_norm"), words.measure),
             _cell(row.get("steps_per_s"), lambda v: f"{v:.3g}"),
-            *(_cell(held_out.get(m), words.measure) for m in measured),
-        )
-    return table
+        ]
+        cells.append([f"{step:,}", *figures, *(_cell(held_out.get(m), words.measure) for m in measured)])
+    # By hand: a long run has more lines than rich lays out in reasonable time.
+    widths = [max(len(row[i]) for row in [names, *cells]) for i in range(len(names))]
+    head, *body = ["  ".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in [names, *cells]]
+    return Text.assemble((head, "dim"), "".join(f"\n{line}" for line in body))
 
 
 def _thinned(rows: dict[int, dict[str, Any]]) -> list[int]:
