@@ -1,0 +1,208 @@
+"""What training measures, and measuring on held-out data: each sample once, sums and never means of means."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dtrain.training import evaluate as module
+from dtrain.training import metrics as clock_module
+from dtrain.training.evaluate import evaluate
+from dtrain.training.metrics import StepMetrics
+
+CPU = torch.device("cpu")
+
+
+class Clock:
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    made = Clock()
+    monkeypatch.setattr(clock_module, "time", made)
+    return made
+
+
+def test_a_reading_is_the_mean_over_all_micro_batches_since_the_last(clock):
+    metrics = StepMetrics(CPU, samples_per_step=8, tokens_per_step=32)
+    for losses, norm in [((1.0, 3.0), 5.0), ((5.0, 7.0), 6.0)]:
+        for loss in losses:
+            metrics.add(torch.tensor(loss, requires_grad=True))
+        metrics.end_step(torch.tensor(norm))
+    clock.now += 4.0
+    assert metrics.read() == {
+        "loss": 4.0,
+        "grad_norm": 6.0,
+        "steps_per_s": 0.5,
+        "samples_per_s": 4.0,
+        "tokens_per_s": 16.0,
+    }
+    metrics.add(torch.tensor(10.0))
+    metrics.end_step(torch.tensor(1.0))
+    clock.now += 1.0
+    assert metrics.read()["loss"] == 10.0
+
+
+def test_time_that_is_not_training_does_not_count(clock):
+    metrics = StepMetrics(CPU, 1, 0)
+    metrics.add(torch.tensor(1.0))
+    metrics.end_step(torch.tensor(1.0))
+    clock.now += 1.0
+    paused = metrics.pause()
+    clock.now += 1000.0
+    metrics.resume(paused)
+    clock.now += 1.0
+    assert metrics.read()["steps_per_s"] == 0.5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_loss_that_is_no_number_shows_in_the_mean(bad, clock):
+    metrics = StepMetrics(CPU, 1, 0)
+    for loss in (1.0, bad, 1.0):
+        metrics.add(torch.tensor(loss))
+    assert not np.isfinite(metrics.read()["loss"])
+    metrics.add(torch.tensor(2.0))
+    assert metrics.read()["loss"] == 2.0
+
+
+def test_reading_when_nothing_was_measured(clock):
+    found = StepMetrics(CPU, 1, 1).read()
+    assert (found["loss"], found["grad_norm"], found["steps_per_s"]) == (0.0, 0.0, 0.0)
+
+
+def test_a_loss_in_another_precision_is_added_in_fp32(clock):
+    metrics = StepMetrics(CPU, 1, 0)
+    for _ in range(1000):
+        metrics.add(torch.tensor(1.0, dtype=torch.bfloat16))
+    assert metrics.read()["loss"] == 1.0
+
+
+def test_adding_does_not_hold_on_to_the_graph(clock):
+    metrics = StepMetrics(CPU, 1, 0)
+    metrics.add(torch.ones((), requires_grad=True) * 2)
+    assert metrics._loss.grad_fn is None
+
+
+# -- evaluation ------------------------------------------------------------------------------------------------
+
+
+class Numbers:
+    """Sample n is the number n."""
+
+    def __init__(self, num_samples):
+        self.num_samples = num_samples
+
+    def batch(self, indices):
+        return {"n": indices}
+
+
+class Task:
+    def __init__(self):
+        self.seen = []
+
+    def evaluate(self, parts, batch):
+        assert not torch.is_grad_enabled()
+        assert not any(part.training for part in parts.values())
+        self.seen.append(batch["n"].tolist())
+        return {"sum": batch["n"].sum(), "count": torch.tensor(len(batch["n"]), dtype=torch.int32)}
+
+    def finish_evaluation(self, sums):
+        return {"loss": sums["sum"] / max(1.0, sums["count"]), **sums}
+
+
+def run(num_samples, limit, batch_size, worker=0, num_workers=1):
+    task, beats, parts = Task(), [], {"main": nn.Dropout()}
+    found = evaluate(
+        task, parts, Numbers(num_samples), limit, batch_size, worker, num_workers,
+        lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}, beats.append,
+    )  # fmt: skip
+    assert all(part.training for part in parts.values())
+    assert beats == list(range(len(task.seen)))
+    return task.seen, found
+
+
+def test_sums_are_divided_once():
+    seen, found = run(5, 100, 2)
+    assert seen == [[0, 1], [2, 3], [4]]
+    assert found == {"loss": 2.0, "sum": 10.0, "count": 5.0}  # a mean of means would be 2.5
+
+
+def test_only_as_many_samples_as_asked():
+    assert [n for batch in run(1000, 7, 3)[0] for n in batch] == list(range(7))
+
+
+def test_sums_are_exact_beyond_fp32():
+    task, big = Task(), Numbers(3)
+    big.batch = lambda indices: {"n": indices + 2**24}
+    found = evaluate(
+        task, {}, big, 3, 1, 0, 1, lambda a: {k: torch.from_numpy(v) for k, v in a.items()}, lambda _: None
+    )
+    assert found["sum"] == 3 * 2**24 + 3
+
+
+@settings(deadline=None)
+@given(
+    num_samples=st.integers(1, 60),
+    limit=st.integers(1, 60),
+    batch_size=st.integers(1, 9),
+    num_workers=st.integers(1, 7),
+)
+def test_every_sample_is_seen_by_exactly_one_worker(num_samples, limit, batch_size, num_workers):
+    batches = [
+        b.tolist()
+        for worker in range(num_workers)
+        for b in module._batches(min(num_samples, limit), batch_size, worker, num_workers)
+    ]
+    assert all(0 < len(batch) <= batch_size for batch in batches)
+    assert sorted(n for batch in batches for n in batch) == list(range(min(num_samples, limit)))
+
+
+TOGETHER = """
+    import json, os, sys
+    import torch, torch.distributed as dist
+    sys.path.insert(0, sys.argv[1])
+    from test_metrics_evaluate import Numbers, Task
+    from dtrain.training.evaluate import evaluate
+    from dtrain.training.metrics import StepMetrics
+    num_workers = 3
+    worker = next((n for n in range(1, num_workers) if os.fork() == 0), 0)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    store = dist.FileStore(sys.argv[2], num_workers)
+    dist.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
+    move = lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}
+    found = [evaluate(Task(), {}, Numbers(n), n, 2, worker, num_workers, move, lambda _: None) for n in (10, 3, 2, 1)]
+    metrics = StepMetrics(torch.device("cpu"), 1, 0)
+    metrics.add(torch.tensor(float(worker)))
+    metrics.end_step(torch.tensor(4.0))
+    said = [found, metrics.read()["loss"]]
+    gathered = [None] * num_workers
+    dist.all_gather_object(gathered, said)
+    if worker == 0:
+        print(json.dumps(gathered))
+    dist.barrier()
+    os._exit(0) if worker else [os.wait() for _ in range(num_workers - 1)]
+"""
+
+
+def test_all_workers_return_the_same_figures_even_those_without_a_sample(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(TOGETHER), str(Path(__file__).parent), str(tmp_path / "store")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr
+    gathered = json.loads(result.stdout)
+    assert gathered[0] == gathered[1] == gathered[2]
+    found, loss = gathered[0]
+    assert [f["sum"] for f in found] == [45.0, 3.0, 1.0, 0.0]
+    assert [f["count"] for f in found] == [10.0, 3.0, 2.0, 1.0]
+    assert loss == 1.0
