@@ -396,7 +396,8 @@ def main() -> None:
     import fcntl
 
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Not flock: the children would inherit it, and a killed zygote could not be followed while one of them lives.
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return  # another one serves, or is about to
     (arguments.folder / "zygote.pid").write_text(str(os.getpid()))

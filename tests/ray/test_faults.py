@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import JOB, Desk, kill, pid_of
 
+from dtrain.backends import local
 from dtrain.checkpoint import store
 from dtrain.checkpoint.shared_memory import FOLDER, prefix
 from dtrain.runs import Run
@@ -289,11 +290,48 @@ def test_a_corpus_that_is_not_there(desk: Desk) -> None:
     assert "Traceback" not in done.stdout + done.stderr
 
 
+def test_more_workers_than_cores(desk: Desk) -> None:
+    run, done = desk.submit("cluster.workers_per_node=4", "train.steps=20")
+    assert run.record.state == "succeeded"
+    assert run.record.num_workers == 4
+    assert "slower" in done.stdout + done.stderr
+
+
+def test_driver_and_agent_killed_together(desk: Desk, undisturbed: Run) -> None:
+    run, _ = desk.submit("train.steps=3000", detach=True)
+    desk.until_step(run, 45)
+    agent, driver = pid_of(run, "agent-0"), run.record.driver_pid
+    assert driver is not None
+    os.kill(agent, signal.SIGSTOP)  # so that it cannot put the state on storage when the driver goes
+    kill(driver)
+    kill(agent)
+    assert_nothing_left(run)
+    record = run.record
+    assert (record.state, record.exit_code) == ("lost", 5)
+    assert f"dtrain resume {run.id}" in record.cause
+    newest = max(store.steps(run.checkpoints))
+    desk.dtrain("resume", run.id, "--storage", str(desk.storage), "--detach")
+    record = desk.until(run, lambda r: r.state == "running")
+    assert record.attempts[-1].source == f"step-{newest:08d}"
+    desk.dtrain("stop", run.id, "--storage", str(desk.storage))
+
+
+def test_the_zygote_killed(desk: Desk, undisturbed: Run) -> None:
+    desk.fault("hang", batch=33)
+    run, _ = desk.submit("retry.hang_timeout_s=60", detach=True)
+    desk.until_step(run, 30)
+    zygote = int((local._Home(desk.options).folder / "zygote.pid").read_text())
+    kill(zygote)
+    record = desk.ended(run)
+    assert record.state == "succeeded", (record, run.events())
+    assert record.attempts[0].failure == "killed"
+    assert_same_weights(run, undisturbed)
+    assert_nothing_left(run)
+
+
 def test_the_head_gone_is_said_in_seconds_and_the_run_resumes(desk: Desk) -> None:
     run, _ = desk.submit("train.steps=3000", detach=True)
     desk.until_step(run, 10)
-    from dtrain.backends import local
-
     head = local.cluster_status(desk.options)["pid"]
     began = time.monotonic()
     os.killpg(head, signal.SIGKILL)
