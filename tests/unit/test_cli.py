@@ -386,6 +386,7 @@ def logged():
     run = a_run("runs", state="succeeded", exit_code=0)
     for name in ("rank-0", "rank-1", "driver", "agent-0"):
         (run.logs / f"{name}.log").write_bytes(b"".join(f"{name} line {n}\n".encode() for n in range(5)) + b"\xff torn")
+    (run.logs / "agent-0.log").write_bytes(b"first\nlast\n")
     return run
 
 
@@ -394,7 +395,8 @@ def logged():
     [
         (["--rank", "1", "-n", "2"], b"rank-1 line 4\n\xff torn\n"),
         (["--driver", "-n", "1"], b"\xff torn\n"),
-        (["--agent", "-n", "2"], b"agent 0 | agent-0 line 4\nagent 0 | \xff torn\n"),
+        (["--agent", "-n", "1"], b"agent 0 | last\n"),
+        (["--agent", "-n", "9"], b"agent 0 | first\nagent 0 | last\n"),
         (["-n", "2"], b"rank 0 | rank-0 line 4\nrank 0 | \xff torn\nrank 1 | rank-1 line 4\nrank 1 | \xff torn\n"),
         (["--rank", "0", "-n", "0"], b""),
     ],
@@ -419,6 +421,7 @@ def test_following_logs_goes_on_until_the_run_has_ended():
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "one\n"
+        time.sleep(0.5)  # it has seen the half line by now, and waits for the rest
         with log.open("a") as file:
             file.write("f\nlast words")
         assert process.stdout.readline() == "half\n"
