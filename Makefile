@@ -2,7 +2,7 @@
 # make test      the same set-up, then the tests
 # make check     lint, format, types, layers
 # make bench     speed and memory against the stated targets
-# make generate  the schemas and the table of options, after an option has changed
+# make generate  the schemas, the table of options and the golden plans, after an option has changed
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -27,6 +27,7 @@ bench: $(STAMP)
 
 generate: $(STAMP)
 	$(BIN)/python -m dtrain.spec.schema
+	$(BIN)/python tests/golden/plans.py
 
 install: $(STAMP)
 
