@@ -31,7 +31,11 @@ def run(plan: Plan, keeper: str, folder: Path) -> dict[str, Any]:
         command = [sys.executable, "-m", "tests.benchmarks.inside", keeper, str(folder), "--until", str(until.pid)]
         with subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT) as zygote:
             try:
-                await_(socket_path(folder, until.pid).exists, 120.0, f"the zygote did not come up; see {folder / 'zygote.log'}")
+                await_(
+                    socket_path(folder, until.pid).exists,
+                    120.0,
+                    f"the zygote did not come up; see {folder / 'zygote.log'}",
+                )
                 end = _host(made, folder, until.pid, lease)
             finally:
                 until.kill()

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,6 +84,8 @@ class StepKeeper(Keeper):
         self._left = self.WARM_STEPS
         self._since: float | None = None
         self._times: dict[str, list[float]] = {"ours": [], "theirs": []}
+        self._work = {"ours": 0.0, "theirs": 0.0}
+        """Processor time of this rank: what a busy machine changes less than the clock."""
 
     def begin_step(self, step: int) -> None:
         if self._left == 0:
@@ -102,13 +105,15 @@ class StepKeeper(Keeper):
             return
         if self._since is not None:
             self._times["ours"].append((time.perf_counter() - self._since) / self._block)
+            self._work["ours"] += time.process_time() - self._worked
             dist.barrier()
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             self._rival.run(self._block)
             self._times["theirs"].append((time.perf_counter() - started) / self._block)
+            self._work["theirs"] += time.process_time() - worked
         self._left = self._block
         dist.barrier()
-        self._since = time.perf_counter()
+        self._since, self._worked = time.perf_counter(), time.process_time()
 
     def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
         if step == self._plan.train.steps:
@@ -116,13 +121,88 @@ class StepKeeper(Keeper):
             self._rival.run(step - self._rival._done)
             live = [tensor for name, tensor in self._state.items() if name.startswith("model.")]
             is_equal = all(map(torch.equal, live, self._rival.network.state_dict().values()))
-            _write(self, {**self._times, "is_equal": is_equal})
+            _write(self, {**self._times, "is_equal": is_equal, "work": self._work})
         super().commit(step, held_out)
 
 
+class CheckpointKeeper(Keeper):
+    """Blocks of ten steps, by turns with a checkpoint of dtrain's, with none, and with a synchronous `torch.save`.
+
+    What a checkpoint costs is told twice: how long the loop stands still for it, and how long its block takes.
+    """
+
+    BLOCK = 10
+    TURNS = ("ours", "none", "theirs")
+
+    def attach(self, snapshot: Any, state: Mapping[str, torch.Tensor], completed: int) -> None:
+        super().attach(snapshot, state, completed)
+        self._state = {name: tensor.detach() for name, tensor in state.items()}
+        self._waits: dict[str, list[float]] = {"ours": [], "theirs": []}
+        self._blocks: dict[str, list[float]] = {name: [] for name in self.TURNS}
+        self._since = 0.0
+        torch.serialization.set_crc32_options(False)  # the rival need not compute what dtrain's sums replace
+
+    def _turn_of(self, step: int) -> str:
+        """Of the block that step number `step` is in; the first block warms up."""
+        block = (step - 1) // self.BLOCK
+        return self.TURNS[(block - 1) % len(self.TURNS)] if block else "warm-up"
+
+    def begin_step(self, step: int) -> None:
+        if step % self.BLOCK == 1:
+            if step > self.BLOCK + 1:
+                self._await_idle()
+                self._blocks[self._turn_of(step - 1)].append(time.perf_counter() - self._since)
+            dist.barrier()
+            self._since = time.perf_counter()
+        super().begin_step(step)
+
+    def wants_checkpoint(self, step: int) -> bool:
+        if step == self._plan.train.steps:
+            return True
+        return step % self.BLOCK == 1 and self._turn_of(step) == "ours"
+
+    def end_step(self, step: int) -> bool:
+        started = time.perf_counter()
+        leave = super().end_step(step)
+        if step == self._plan.train.steps:
+            return leave
+        if step % self.BLOCK == 1 and self._turn_of(step) == "theirs":
+            self._save()
+            self._waits["theirs"].append(time.perf_counter() - started)
+        elif step % self.BLOCK == 1 and self._turn_of(step) == "ours":
+            self._waits["ours"].append(time.perf_counter() - started)
+        return leave
+
+    def _save(self) -> None:
+        if self._place.worker == 0:
+            path = _run_folder() / "state.pt"
+            with path.open("wb") as file:
+                torch.save(self._state, file)
+                file.flush()
+                os.fsync(file.fileno())
+        dist.barrier()
+
+    def _await_idle(self) -> None:
+        """A checkpoint must be committed within its block, or the next block would pay for it."""
+        while self._control.writing_step:
+            time.sleep(0.002)
+
+    def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
+        if step == self._plan.train.steps:
+            num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in self._state.values())
+            _write(self, {"waits": self._waits, "blocks": self._blocks, "num_bytes": num_bytes})
+        started = time.perf_counter()
+        super().commit(step, held_out)
+        if step < self._plan.train.steps and self._turn_of(step) == "ours" and step % self.BLOCK == 1:
+            self._waits["ours"][-1] += time.perf_counter() - started
+
+
+def _run_folder() -> Path:
+    """Of a rank, whose output goes to a log in it."""
+    return Path(os.readlink("/proc/self/fd/1")).parent.parent
+
+
 def _write(keeper: Keeper, measured: dict[str, Any]) -> None:
-    """Where `inside.run` looks for it: the run folder, which the channel's log lies in."""
+    """Where `inside.run` looks for it."""
     if keeper._place.worker == 0:
-        folder = os.path.dirname(os.path.dirname(os.readlink("/proc/self/fd/1")))
-        with open(os.path.join(folder, "measured.json"), "w") as file:
-            json.dump(measured, file)
+        (_run_folder() / "measured.json").write_text(json.dumps(measured))

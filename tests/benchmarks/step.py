@@ -21,6 +21,7 @@ def measure(*, is_quick: bool) -> list[Figure]:
             plan = place.plan(job, f"train.steps={steps}")
             measured = inside.run(plan, KEEPER, place.folder / "zygote")
             ours, theirs = measured["ours"], measured["theirs"]
-            same = "weights equal bit for bit" if measured["is_equal"] else "WEIGHTS DIFFER"
-            figures.append(paired(f"dtrain : hand-written, {job} step", ours, theirs, target, same))
+            note = "weights equal bit for bit" if measured["is_equal"] else "WEIGHTS DIFFER"
+            note += f"; processor time {measured['work']['ours'] / measured['work']['theirs']:.3f}"
+            figures.append(paired(f"dtrain : hand-written, {job} step", ours, theirs, target, note))
     return figures
