@@ -269,6 +269,12 @@ class Run:
         finally:
             self.release()
 
+    def adopt(self, descriptor: int) -> int:
+        """Own the run by a lease that was inherited."""
+        self._lease = descriptor
+        os.set_inheritable(descriptor, False)
+        return descriptor
+
     def is_owned(self) -> bool:
         try:
             descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CLOEXEC)

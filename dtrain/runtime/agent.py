@@ -60,17 +60,22 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     finally:
         agent.close()
     if agent.is_orphaned and args.get("driver_command"):
-        for descriptor in descriptors:
-            os.close(descriptor)  # the lease: the next driver takes it
-        log = (agent.run_folder.logs / "driver.log").open("ab")
+        _start_driver([*args["driver_command"], "--again"], agent.run_folder, descriptors)
+    return 0
+
+
+def _start_driver(command: list[str], run: Run, lease: Sequence[int]) -> None:
+    """Start the next driver, which inherits the run's lease: at no moment does the run seem lost."""
+    words = [f"--lease={descriptor}" for descriptor in lease[:1]]
+    with (run.logs / "driver.log").open("ab") as log:
         subprocess.Popen(
-            [*args["driver_command"], "--again"],
+            [*command, *words],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
             start_new_session=True,
+            pass_fds=lease,
         )
-    return 0
 
 
 class Agent:
@@ -177,7 +182,7 @@ class Agent:
             self._zygote = Zygote.connect(self._zygote_folder, self._until)
             self._node = Node(**{**vars(self._node), "zygote": self._zygote})
             self._drop_writer()
-        self._attempt = Attempt(self._node, number, restore, self._writing, self._on_rank)
+        self._attempt = Attempt(self._node, number, restore, lambda: self._writing, self._on_rank)
         try:
             return self._attempt.watch(self._turn, lambda: self._stop is not None)
         finally:

@@ -86,13 +86,14 @@ class Attempt:
         node: Node,
         generation: int,
         restore: Mapping[str, Any],
-        writing_step: int,
+        writing_step: Callable[[], int],
         on_message: Callable[[dict[str, Any]], None],
     ) -> None:
         self._node, self._generation = node, generation
         self._on_message = on_message
         self.control = Control.create(node.control_path, node.plan.workers.per_node)
-        self.control.writing_step = writing_step
+        self.control.writing_step = writing_step()
+        self._writing_step = writing_step
         self._started = time.monotonic()
         self._first_step_at: float | None = None
         self._first_step = int(restore["step"])
@@ -210,12 +211,12 @@ class Attempt:
 
     def _rescue(self, turn: Callable[[float], None]) -> int | None:
         """Let the survivor that came furthest copy its state; returns the step the snapshot then holds."""
-        if self.control.writing_step:
+        if self._writing_step():
             # The writer is reading it. A short wait costs less than the steps done since; after a long one, what the
             # snapshot holds is good enough.
-            _wait(turn, lambda: not self.control.writing_step, WRITER_S)
+            _wait(turn, lambda: not self._writing_step(), WRITER_S)
         held = self._snapshot_step()
-        if self.control.writing_step:
+        if self._writing_step():
             return held
         survivors = [r for r in self.ranks if r.error is not None and r.error.get("can_rescue") and not r.is_gone]
         best = max(survivors, key=lambda r: r.error["step"], default=None)  # type: ignore[index]

@@ -97,7 +97,7 @@ class Driver:
 
     def drive(self, ray: Any) -> None:
         """Run to the end; whatever happens is in the record before this returns."""
-        self._lease = self._acquire()
+        self._lease = self._acquire() if self._arguments.lease is None else self._run.adopt(self._arguments.lease)
         signal.signal(signal.SIGTERM, lambda *_: self._ask_to_stop("the cluster, which is being taken down"))
         record = self._run.stored_record()
         if record.state in ENDED:
@@ -392,6 +392,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="folder of sockets on this node")
     parser.add_argument("--until", type=int, default=0, help="process not to outlive")
     parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
+    parser.add_argument("--lease", type=int, help="descriptor of the run's lease, inherited")
     parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
     return parser.parse_args(argv)
 

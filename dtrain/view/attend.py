@@ -13,7 +13,7 @@ import click
 
 from dtrain.plan import Plan
 from dtrain.runs import Record, Run
-from dtrain.view import console, outcome, tables
+from dtrain.view import console, outcome, tables, words
 from dtrain.view import follow as live_view
 from dtrain.view import plan as plan_view
 from dtrain.view.follow import Answer
@@ -52,7 +52,8 @@ def leave(run: Run, as_json: bool, hint_only: bool = False) -> None:
         click.echo(json.dumps(tables.facts(run), indent=2))
     elif not hint_only:
         click.echo(run.id)
-    hint = f"{run.id} goes on without you: `dtrain status {run.id} -f` shows it, `dtrain stop {run.id}` stops it"
+    name = words.called(run.path)
+    hint = f"{run.id} goes on without you: `dtrain status {name} -f` shows it, `dtrain stop {name}` stops it"
     click.echo(hint, err=True)
 
 

@@ -170,9 +170,10 @@ def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -
 
 def untaken(run: runs.Run) -> str:
     """What to say of a run that waits for longer than a driver usually takes to start."""
+    name = words.called(run.path)
     return (
-        f"no driver has taken this run up for {UNTAKEN_S:g} s: `dtrain logs {run.id} --driver` shows whether one failed"
-        f" to start, `dtrain stop {run.id}` gives up"
+        f"no driver has taken this run up for {UNTAKEN_S:g} s: `dtrain logs {name} --driver` shows whether one failed"
+        f" to start, `dtrain stop {name}` gives up"
     )
 
 

@@ -124,17 +124,17 @@ def indented(lines: list[str], by: int, style: str = "") -> Text:
 
 def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     """What a person would type now."""
-    commands = []
+    commands, name = [], words.called(run.path)
     if record.state == "succeeded":
-        commands += [(f'dtrain sample {run.id} --prompt "def "', "more of what it writes")]
-        commands += [(f"tensorboard --logdir {_short(run)}/tensorboard", "its curves")]
+        commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
+        commands += [(f"tensorboard --logdir {words.shortest(run.path)}/tensorboard", "its curves")]
     else:
-        commands += [(f"dtrain logs {run.id}", "what its workers said")]
+        commands += [(f"dtrain logs {name}", "what its workers said")]
         if record.error_kind == "cluster":
             commands += [("dtrain cluster status", "whether the cluster is there")]
         if record.error_kind != "input":
-            commands += [(f"dtrain resume {run.id}", "goes on from the newest checkpoint")]
-    commands += [(f"dtrain status {run.id}", "its whole story")]
+            commands += [(f"dtrain resume {name}", "goes on from the newest checkpoint")]
+    commands += [(f"dtrain status {name}", "its whole story")]
     return command_list(commands)
 
 
@@ -155,14 +155,6 @@ def _steps(record: runs.Record) -> str:
     if done is None or done == record.num_steps:
         return words.plural(record.num_steps, "step")
     return f"{done:,} of {record.num_steps:,} steps"
-
-
-def _short(run: runs.Run) -> str:
-    """The run's folder as one would type it from here."""
-    from pathlib import Path
-
-    path = run.path.absolute()
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def _label(key: str) -> str:

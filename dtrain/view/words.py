@@ -1,7 +1,8 @@
-"""Numbers, times and strange characters in a person's words. Pure."""
+"""Numbers, times, names and strange characters in a person's words."""
 
 import math
 import time
+from pathlib import Path
 
 
 def count(number: float) -> str:
@@ -94,6 +95,17 @@ def rate(value: float) -> str:
 def plural(number: int, noun: str) -> str:
     """`1 worker`, `2 workers`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def shortest(path: Path) -> str:
+    """A path as one would type it from here."""
+    whole = path.absolute()
+    return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
+
+
+def called(run: Path) -> str:
+    """What commands know a run's folder by: its name where they look by default, else the folder."""
+    return run.name if run.absolute().parent == Path.cwd() / "runs" else shortest(run)
 
 
 def visible(text: str) -> str:
