@@ -99,7 +99,7 @@ train: {{steps: 10}}
         (10, "optimizer.betas: expected a list of 2", "found a list of 1"),
         (12, "train.steps: expected a whole number greater than 0", "found 'ten'"),
         (13, "train.compile: expected true or false", "found 'yes'; write true"),
-        (14, "train.precision: expected one of: fp32, bf16", "found 'bf61'; did you mean 'bf16'?"),
+        (14, "train.precision: expected one of: auto, fp32, bf16", "found 'bf61'; did you mean 'bf16'?"),
         (15, "evaluate: expected a mapping", "remove the key to take its default"),
         (16, "checkpoint.every_steps: expected a whole number", "found '1_000'; write 1000"),
         (16, "checkpoint.keep.last: expected a whole number", "found 2.0; write 2"),
