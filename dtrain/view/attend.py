@@ -40,7 +40,7 @@ def follow(run: Run, plan: Plan, as_json: bool, from_now: bool = False) -> int:
     if ended is None:
         leave(run, as_json, hint_only=True)
         return 0
-    out.print(outcome.show(run, ended))
+    out.print(outcome.show(run, ended), soft_wrap=True)
     if as_json:
         click.echo(json.dumps(tables.facts(run), indent=2))
     return exit_code(ended)

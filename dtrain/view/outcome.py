@@ -25,7 +25,7 @@ NEXT_MOVE = {
 
 
 def show(run: runs.Run, record: runs.Record, *, hints: bool = True) -> RenderableType:
-    """The end of a run: one line of how, then what came of it."""
+    """The end of a run: one line of how, then what came of it. Print it with `soft_wrap`: it is there to be copied."""
     parts: list[RenderableType] = [Text(), headline(record)]
     if record.state == "succeeded" or record.outcome.get("metrics"):
         parts += comparison(record.outcome)
@@ -140,12 +140,9 @@ def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
 
 def command_list(commands: list[tuple[str, str]]) -> list[RenderableType]:
     """Commands with what each is for."""
-    table = Table.grid(padding=(0, 3))
-    table.add_column(no_wrap=True)
-    table.add_column(style="dim")
-    for command, purpose in commands:
-        table.add_row(f"  {command}", purpose)
-    return [Text(), table]
+    width = max(len(command) for command, _ in commands)
+    lines = [Text.assemble(f"  {command:<{width}}   ", (purpose, "dim")) for command, purpose in commands]
+    return [Text(), Text("\n").join(lines)]
 
 
 def _steps(record: runs.Record) -> str:

@@ -29,10 +29,10 @@ from dtrain.view import plan as plan_view
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[()][A-Z0-9]")
 
 
-def shown(renderable: Any, width: int = 100) -> str:
+def shown(renderable: Any, width: int = 100, **options: Any) -> str:
     """What a renderable looks like without colours."""
     out = Console(file=io.StringIO(), width=width, markup=False, highlight=False)
-    out.print(renderable)
+    out.print(renderable, **options)
     return out.file.getvalue()
 
 
@@ -237,7 +237,7 @@ def test_a_run_that_no_driver_takes_up_is_remarked_on(tmp_path, monkeypatch):
     threading.Timer(0.5, lambda: run.ask_to_stop("me")).start()
     _, text = following(run)
     assert "no driver has taken this run up" in text
-    assert f"dtrain logs {run.id} --driver" in text
+    assert f"dtrain logs {run.path} --driver" in text
 
 
 def test_a_torn_last_line_is_read_once_it_is_whole(tmp_path):
@@ -433,7 +433,7 @@ def test_ctrl_c_without_a_terminal_detaches_and_says_how_to_come_back(driven):
     command.send_signal(signal.SIGINT)
     _, said = command.communicate(timeout=20)
     assert command.returncode == 0
-    assert f"`dtrain status {driven.id} -f` shows it" in said
+    assert f"`dtrain status {driven.path} -f` shows it" in said
 
 
 # -- the end -----------------------------------------------------------------------------------------------------
@@ -441,7 +441,7 @@ def test_ctrl_c_without_a_terminal_detaches_and_says_how_to_come_back(driven):
 
 def test_the_outcome_is_compared_honestly(tmp_path):
     run = a_finished_run(tmp_path)
-    text = shown(outcome.show(run, run.record))
+    text = shown(outcome.show(run, run.record), soft_wrap=True)
     lines = [line.split() for line in text.splitlines()]
     ranking = [line for line in lines if line[:1] in (["xz"], ["this"], ["gzip"])]
     assert [" ".join(line) for line in ranking] == [
@@ -453,7 +453,7 @@ def test_the_outcome_is_compared_honestly(tmp_path):
     assert f"✓ {run.id} succeeded after 30s (20s of training): 100 steps, 2 attempts" in text
     assert "def main():" in text
     assert "\x1b" not in text
-    assert f'dtrain sample {run.id} --prompt "def "' in text
+    assert f'dtrain sample {run.path} --prompt "def "' in text
 
 
 def test_higher_is_better_for_accuracy():
@@ -469,7 +469,7 @@ def test_figures_that_are_not_numbers_do_not_break_the_end(tmp_path):
         tmp_path,
         outcome={"metrics": {"loss": "nan", "bits_per_byte": None}, "yardsticks": {"bits_per_byte": {"gzip": 2.0}}},
     )
-    assert "loss nan" in shown(outcome.show(run, run.record))
+    assert "loss nan" in shown(outcome.show(run, run.record), soft_wrap=True)
 
 
 def test_a_failure_shows_the_users_own_traceback_and_the_next_move(tmp_path):
@@ -483,12 +483,20 @@ def test_a_failure_shows_the_users_own_traceback_and_the_next_move(tmp_path):
         exit_code=3,
         outcome={},
     )
-    text = shown(outcome.show(run, run.record))
+    text = shown(outcome.show(run, run.record), soft_wrap=True)
     assert "rank 1 raised ValueError at step 12: no" in text
     assert '      File "mine.py", line 4, in loss\n' in text
     assert "Mend the code or the data it names" in text
-    assert f"dtrain resume {run.id}" in text
+    assert f"dtrain resume {run.path}" in text
     assert "sample" not in text
+
+
+def test_the_next_commands_work_where_they_are_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    here, there = a_finished_run(tmp_path / "runs"), a_finished_run(tmp_path / "other")
+    assert f"dtrain status {here.id} " in shown(outcome.show(here, here.record), soft_wrap=True)
+    assert f"dtrain status other/{there.id} " in shown(outcome.show(there, there.record), soft_wrap=True)
+    assert runs.find(Path("runs"), f"other/{there.id}").id == there.id
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
