@@ -39,16 +39,18 @@ class Serving:
         self.folder = folder
         self.cluster = subprocess.Popen(["sleep", "600"])
         self.log = open(folder / "log", "ab")  # noqa: SIM115
+        self._started = []
         self.process = self.start()
-        self.connection = None
 
     def start(self):
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [sys.executable, "-c", LIGHT, str(self.folder), "--until", str(self.cluster.pid)],
             env={**os.environ, "PYTHONPATH": f"{HERE}:{HERE.parents[1]}"},
             stdout=self.log,
             stderr=self.log,
         )
+        self._started.append(process)
+        return process
 
     @property
     def socket(self):
@@ -67,7 +69,7 @@ class Serving:
                 time.sleep(0.01)
 
     def close(self):
-        for process in (self.process, self.cluster):
+        for process in (*self._started, self.cluster):
             with suppress(ProcessLookupError):
                 process.kill()
             process.wait()
