@@ -347,7 +347,7 @@ class Agent:
         )
         if number > 1 or restore["step"]:
             self._event("attempt", f"attempt {number} begins at step {restore['step']}, from {source}", attempt=number)
-        state = {"state": "starting"} if number == 1 else {}
+        state = {"state": "starting", "cause": "workers are being forked"} if number == 1 else {}
         self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts], **state}})
 
     def _end_record(self, failure: Failure | None, step: int | None = None) -> None:
@@ -367,7 +367,9 @@ class Agent:
         if "ready" in message:
             attempt = self._attempt
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
-                self._tell({"record": {"state": "running", "cause": f"attempt {len(self._attempts)}"}})
+                latest = self._attempts[-1]
+                cause = f"attempt {latest.number}, from {latest.source}"
+                self._tell({"record": {"state": "running", "cause": cause}})
         elif "checkpoint" in message:
             if self._is_leader:
                 self._write_checkpoint(message["checkpoint"], message["held_out"])
