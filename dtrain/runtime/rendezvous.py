@@ -7,6 +7,7 @@ own generation of names in it: what an earlier attempt left behind cannot be mis
 import json
 import os
 import re
+import socket
 import time
 from collections.abc import Mapping
 from datetime import timedelta
@@ -34,7 +35,11 @@ def is_peer_loss(error: BaseException) -> bool:
 
 def serve_store(host: str) -> dist.TCPStore:
     """A store served by this process on a free port of `host`."""
-    return dist.TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=JOIN_TIMEOUT)
+    listener = socket.create_server((host, 0), backlog=1024)  # torch alone would listen on every interface
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host, port, is_master=True, wait_for_workers=False, timeout=JOIN_TIMEOUT, master_listen_fd=listener.detach()
+    )
 
 
 def connect_store(host: str, port: int) -> dist.TCPStore:
