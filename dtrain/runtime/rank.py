@@ -35,6 +35,7 @@ from dtrain.runs import Run
 from dtrain.runtime import rendezvous
 from dtrain.runtime.control import Control
 from dtrain.training import loop
+from dtrain.training.memory import keep_freed_memory
 from dtrain.training.optim import build_optimizer
 from dtrain.training.seeds import seed_everything
 
@@ -171,6 +172,7 @@ def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
         torch.backends.cuda.matmul.allow_tf32 = True
     else:
         device = torch.device("cpu")
+        keep_freed_memory()
         torch.set_num_threads(plan.workers.threads)
     return loop.Place(args["rank"], args["world"], device)
 
