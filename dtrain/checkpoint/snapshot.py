@@ -61,7 +61,6 @@ class Snapshot:
         self.num_slots = num_slots
         self._memory = memory
         self._data_offset = data_offset
-        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
 
     @classmethod
     def create(cls, path: Path, tensors: Mapping[str, torch.Tensor], num_slots: int) -> "Snapshot":
@@ -169,9 +168,14 @@ class Snapshot:
 
     def view(self, entry: Entry) -> torch.Tensor:
         """The tensor as it lies in the segment: no copy."""
-        start = self._data_offset + entry.offset
-        flat = self._bytes[start : start + entry.num_bytes]
-        return flat.view(getattr(torch, entry.dtype)).view(entry.shape)
+        dtype = getattr(torch, entry.dtype)
+        if not entry.num_bytes:
+            return torch.empty(entry.shape, dtype=dtype)
+        # Each with a storage of its own: DCP copies a tensor that is a window on a larger one before it writes it.
+        flat = torch.frombuffer(
+            self._memory, dtype=dtype, count=math.prod(entry.shape), offset=self._data_offset + entry.offset
+        )
+        return flat.view(entry.shape)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {entry.name: self.view(entry) for entry in self.entries}
