@@ -28,7 +28,7 @@ from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import store
 from dtrain.checkpoint.snapshot import Snapshot
 from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
-from dtrain.messages import pair, receive, send
+from dtrain.messages import pair, receive
 from dtrain.plan import Plan
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runs import Run
@@ -36,7 +36,8 @@ from dtrain.runtime import rendezvous, retry
 from dtrain.runtime.attempt import Attempt, Node, Report
 from dtrain.runtime.retry import Failure
 from dtrain.runtime.scribe import Scribe
-from dtrain.runtime.zygote import Child, Zygote
+from dtrain.runtime.writing import CheckpointWriter
+from dtrain.runtime.zygote import Zygote
 
 REPORT_TIMEOUT_S = 30.0
 STORE_TIMEOUT_S = 600.0
@@ -118,10 +119,10 @@ class Agent:
             store_port=self._store_address[1],
             agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
         )
-        self._writer: tuple[Child, Any] | None = None
-        self._writing: int = 0
+        self._writer = CheckpointWriter(
+            self.run_folder, self._plan, self._node.snapshot_path, self._selector, self._free_snapshot
+        )
         self._attempt: Attempt | None = None
-        self._failed_checkpoint: tuple[int, str] | None = None
 
     # -- the story -----------------------------------------------------------------------------------------
 
@@ -181,8 +182,8 @@ class Agent:
             self._zygote.close()
             self._zygote = Zygote.connect(self._zygote_folder, self._until)
             self._node = Node(**{**vars(self._node), "zygote": self._zygote})
-            self._drop_writer()
-        self._attempt = Attempt(self._node, number, restore, lambda: self._writing, self._on_rank)
+            self._writer.drop()
+        self._attempt = Attempt(self._node, number, restore, lambda: self._writer.step, self._on_rank)
         try:
             return self._attempt.watch(self._turn, lambda: self._stop is not None)
         finally:
@@ -284,7 +285,7 @@ class Agent:
             return
         committed = store.steps(self.run_folder.checkpoints)
         if step not in committed:
-            reason = self._failed_checkpoint[1] if self._failed_checkpoint else "it was not committed"
+            reason = self._writer.last_failure or "it was not committed"
             text = f"training is done, but its last checkpoint could not be written ({reason}); free space and resume"
             self._end_record(None, step)
             self.end({"state": "failed", "error_kind": "storage", "error": text, "cause": text, "outcome": outcome})
@@ -332,7 +333,7 @@ class Agent:
 
     def close(self) -> None:
         """Leave nothing behind."""
-        self._drop_writer()
+        self._writer.drop()
         if self._scribe is not None:
             self._scribe.close()
         shared.remove(self.run_folder.path, self._number)
@@ -378,60 +379,15 @@ class Agent:
         elif "metrics" in message and self._scribe is not None:
             self._scribe.write(len(self._attempts), message["metrics"])
 
-    def _write_checkpoint(self, step: int, metrics: Mapping[str, float]) -> None:
-        if self._writer is None:
-            self._writer = self._start_writer()
-        self._writing = step
-        send(self._writer[1], {"step": step, "metrics": dict(metrics)})
+    def _write_checkpoint(self, step: int, held_out: Mapping[str, float]) -> None:
+        self._writer.write(self._zygote, step, held_out)
 
-    def _start_writer(self) -> tuple[Child, Any]:
-        ours, theirs = pair()
-        args = {
-            "folder": str(self.run_folder.checkpoints),
-            "keep": self._plan.checkpoint.keep.model_dump(),
-            "snapshot": str(self._node.snapshot_path),
-            "num_workers": self._plan.workers.total,
-        }
-        with open(self.run_folder.logs / "writer.log", "ab") as log:
-            child = self._zygote.fork(
-                "dtrain.checkpoint.writer:main", args, [theirs.fileno()], log.fileno(), "writer", nice=5
-            )
-        theirs.close()
-        self._selector.register(ours, selectors.EVENT_READ, self._read_writer)
-        return child, ours
-
-    def _read_writer(self) -> None:
-        assert self._writer is not None
-        said = receive(self._writer[1])
-        if said is None:
-            said = {"failed": self._writing, "reason": "the checkpoint writer was killed"}
-            self._drop_writer()
-        if "written" in said:
-            self._failed_checkpoint = None
-            text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
-            self._event("checkpoint", text, **said)
-        elif said["failed"]:
-            self._failed_checkpoint = said["failed"], said["reason"]
-            text = f"checkpoint of step {said['failed']} failed: {said['reason']}"
-            text += "; the one before stays valid, training goes on"
-            self._event("checkpoint-failed", text, step=said["failed"])
-        self._writing = 0
+    def _free_snapshot(self) -> None:
         if self._attempt is not None:
             self._attempt.control.writing_step = 0
 
-    def _drop_writer(self) -> None:
-        if self._writer is None:
-            return
-        child, channel = self._writer
-        self._writer = None
-        with contextlib.suppress(KeyError, ValueError):
-            self._selector.unregister(channel)
-        channel.close()
-        child.kill()
-        os.close(child.pidfd)
-
     def _await_writer(self) -> None:
-        self._turn_until(lambda: not self._writing, LAST_CHECKPOINT_S)
+        self._turn_until(lambda: not self._writer.step, LAST_CHECKPOINT_S)
 
     # -- events --------------------------------------------------------------------------------------------------
 
