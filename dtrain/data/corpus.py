@@ -17,7 +17,8 @@ from typing import NoReturn
 from dtrain.errors import InputError
 
 PYTHON_STDLIB = "python-stdlib"
-_NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+# Tests are not what one reads a library for, and `encodings` holds tables of characters that were generated.
+_NOT_STDLIB = {"test", "tests", "idle_test", "encodings", "site-packages", "dist-packages", "__pycache__"}
 _SAMPLED_BYTES = 64 * 2**20
 _LINE = 24
 _COMMON = 4
