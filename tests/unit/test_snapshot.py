@@ -57,7 +57,7 @@ def test_shares_cover_every_number_once(described, num_slots, tmp_path_factory):
     tensors = state(described)
     snapshot = Snapshot.create(tmp_path_factory.mktemp("s") / "state", tensors, num_slots)
     written = {name: torch.zeros(t.shape, dtype=torch.int32) for name, t in tensors.items()}
-    begin = snapshot._bytes.data_ptr() + snapshot._data_offset
+    begin = torch.frombuffer(snapshot._memory, dtype=torch.uint8).data_ptr() + snapshot._data_offset
     for slot in range(num_slots):
         for destination, source in snapshot.share(slot, tensors):
             assert destination.shape == source.shape
