@@ -51,6 +51,7 @@ PRELOAD = (
 )
 """Imported before the first fork. Without torch._dynamo the first optimizer step of every rank would import it."""
 
+LEAVE = {"leave": True}
 MAX_MESSAGE = 256 * 1024
 MAX_DESCRIPTORS = 8
 START_TIMEOUT_S = 120.0
@@ -246,12 +247,13 @@ class Server:
         self._until = os.pidfd_open(until) if until else -1
         if until:
             self._poll.register(self._until, select.POLLIN)
+        self._is_leaving = False
 
     def serve(self) -> None:
-        """Until the process it must not outlive has ended and every client has left, or has had time to."""
+        """Until it is told to leave, or the process it must not outlive has ended, and every client has left."""
         deadline = float("inf")
-        while time.monotonic() < deadline and (self._sessions or deadline == float("inf")):
-            for descriptor, _ in self._poll.poll(None if deadline == float("inf") else 1000):
+        while time.monotonic() < deadline and (self._sessions or not self._is_leaving):
+            for descriptor, _ in self._poll.poll(1000 if self._is_leaving else None):
                 if descriptor == self._listener.fileno():
                     connection, _address = self._listener.accept()
                     self._sessions[connection.fileno()] = _Session(connection)
@@ -262,6 +264,7 @@ class Server:
                     self._reap()
                 elif descriptor == self._until:
                     self._poll.unregister(self._until)
+                    self._is_leaving = True
                     deadline = time.monotonic() + LAST_CLIENTS_S
                 elif descriptor in self._sessions:
                     self._serve_session(self._sessions[descriptor])
@@ -283,6 +286,9 @@ class Server:
             return
         try:
             request = json.loads(data)
+            if request == LEAVE:
+                self._is_leaving = True
+                return
             forked = _Forked(session, bool(request["outlive"]), str(request["cleanup"]))
         except (ValueError, TypeError, KeyError):
             # Whoever says this is broken, and must not break the ranks of others.
@@ -386,6 +392,16 @@ def _close(descriptors: Sequence[int]) -> None:
         os.close(descriptor)
 
 
+def _dismiss_older(path: Path, until: int) -> None:
+    """Zygotes of this cluster with older code leave once their last clients have."""
+    for other in path.parent.glob(f"zygote-*-{until}.sock"):
+        if other != path:
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
+                connection.connect(str(other))
+                connection.send(json.dumps(LEAVE).encode())
+            other.unlink(missing_ok=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve forks of a process that has torch imported.")
     parser.add_argument("folder", type=Path)
@@ -409,6 +425,7 @@ def main() -> None:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(str(path))
     listener.listen(64)
+    _dismiss_older(path, arguments.until)
     try:
         server = Server(listener, arguments.until)
     except ProcessLookupError:

@@ -383,3 +383,22 @@ def test_the_fingerprint_changes_with_any_file_of_the_code(tmp_path):
     os.rename(package / "inner" / "b.py", package / "inner" / "c.py")
     words.append(word())
     assert len(set(words)) == 4
+
+
+def test_a_zygote_of_older_code_leaves_for_a_newer_one_when_its_clients_have(tmp_path: Path) -> None:
+    older = module.start(tmp_path, os.getpid())
+    client = Zygote.connect(tmp_path, os.getpid())
+    path = module.socket_path(tmp_path, os.getpid())
+    path.rename(path.with_name(f"zygote-0123456789ab-{os.getpid()}.sock"))
+    (tmp_path / f"{path.stem}.lock").unlink()
+    newer = module.start(tmp_path, os.getpid())
+    try:
+        Zygote.connect(tmp_path, os.getpid()).close()
+        assert older.poll() is None, "a client is left"
+        client.close()
+        assert older.wait(10) == 0
+        assert newer.poll() is None
+    finally:
+        for process in (older, newer):
+            process.kill()
+            process.wait()
