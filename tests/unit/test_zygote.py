@@ -1,7 +1,6 @@
 """The process ranks are forked from: what it gives its children, and that none of them is ever left behind."""
 
 import os
-import select
 import signal
 import socket
 import subprocess
@@ -387,20 +386,28 @@ def test_the_fingerprint_changes_with_any_file_of_the_code(tmp_path):
 
 
 def test_a_zygote_of_older_code_leaves_for_a_newer_one_when_its_clients_have(tmp_path: Path) -> None:
-    client = Zygote.connect(tmp_path, os.getpid())
-    older = os.pidfd_open(int((tmp_path / "zygote.pid").read_text()))
     path = module.socket_path(tmp_path, os.getpid())
+
+    def started() -> subprocess.Popen[bytes]:
+        process = module.start(tmp_path, os.getpid())
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        return process
+
+    older = started()
+    client = Zygote.connect(tmp_path, os.getpid())
     path.rename(path.with_name(f"zygote-0123456789ab-{os.getpid()}.sock"))
     (tmp_path / f"{path.stem}.lock").unlink()
-    Zygote.connect(tmp_path, os.getpid()).close()
-    newer = os.pidfd_open(int((tmp_path / "zygote.pid").read_text()))
+    newer = started()
     try:
-        assert not select.select([older], [], [], 0.2)[0], "a client is left"
+        time.sleep(0.2)
+        assert older.poll() is None, "a client is left"
         client.close()
-        assert select.select([older], [], [], 10)[0]
-        assert not select.select([newer], [], [], 0.2)[0]
+        assert older.wait(10) == 0
+        assert newer.poll() is None
     finally:
-        for pidfd in (older, newer):
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            os.close(pidfd)
+        for process in (older, newer):
+            process.kill()
+            process.wait()
