@@ -163,7 +163,8 @@ class Attempt:
             _wait(turn, lambda: False, STACKS_S)
             for rank in hung:
                 rank.child.kill()
-        if not self._is_final():
+        # NCCL tells survivors nothing: waiting for them to notice would be in vain.
+        if not self._is_final() and self._node.plan.workers.collectives == "gloo":
             _wait(turn, lambda: all(rank.is_settled for rank in self.ranks), GRACE_S)
         failures += self._failures(hung)
         step = self.step
