@@ -74,9 +74,11 @@ def train(
     metrics = StepMetrics(place.device, batch.global_size, plan.arithmetic.tokens_per_step)
     autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=train.precision == "bf16")
     to_device = _Mover(place.device)
-    held_out: dict[str, float] | None = None
-    step = start
-    while step < train.steps:
+    measure = functools.partial(_measure, plan, task, prepared, source, place, to_device, autocast, keeper)
+    step, leave = start, False
+    if step == train.steps:
+        keeper.end_step(step)  # an attempt that begins at the end has the last evaluation left to do
+    while step < train.steps and not leave:
         keeper.begin_step(step + 1)
         rate = learning_rate(plan.schedule, plan.optimizer.lr, step, train.steps)  # type: ignore[union-attr]
         indices = step_indices(
@@ -107,8 +109,7 @@ def train(
         step += 1
         metrics.end_step(norm)
         leave = keeper.end_step(step)
-        is_last = step == train.steps
-        if step % train.log_every_steps == 0 or is_last or leave or keeper.wants_checkpoint(step):
+        if step % train.log_every_steps == 0 or step == train.steps or leave or keeper.wants_checkpoint(step):
             values = metrics.read()
             if not math.isfinite(values["loss"]):
                 raise DivergedError(
@@ -116,28 +117,49 @@ def train(
                     " raise schedule.warmup_steps, or look at the data"
                 )
             keeper.report(step, {"learning_rate": rate, **values})
-        if step % every == 0 or is_last:
+        if step == train.steps:
+            break
+        if step % every == 0:
             paused = metrics.pause()
-            held_out = evaluate(
-                task,
-                prepared.evaluation_parts,
-                source.held_out,
-                source.held_out.num_samples if is_last else plan.evaluate.samples,
-                batch.micro,
-                place.worker,
-                place.num_workers,
-                to_device,
-                functools.partial(_beat_evaluating, keeper, step),
-            )
-            keeper.report(step, {"held_out": held_out})
+            keeper.commit(step, measure(step, plan.evaluate.samples))
             metrics.resume(paused)
-            keeper.commit(step, held_out)
         else:
             keeper.commit(step, None)
-        if leave and not is_last:
-            return {"steps": step}
+    if step < train.steps:
+        return {"steps": step}
+    held_out = measure(step, source.held_out.num_samples)
+    keeper.commit(step, held_out)
     keeper.beat(step, 0, END)
-    return {"steps": step, "metrics": held_out or {}, **_showpiece(plan, task, source, place)}
+    return {"steps": step, "metrics": held_out, **_showpiece(plan, task, source, place)}
+
+
+def _measure(
+    plan: Plan,
+    task: Task,
+    prepared: Prepared,
+    source: Source,
+    place: Place,
+    to_device: "_Mover",
+    autocast: torch.autocast,
+    keeper: Keeper,
+    step: int,
+    num_samples: int,
+) -> dict[str, float]:
+    """Evaluate in the precision of training, and report it."""
+    with autocast:
+        held_out = evaluate(
+            task,
+            prepared.evaluation_parts,
+            source.held_out,
+            num_samples,
+            plan.batch.micro,
+            place.worker,
+            place.num_workers,
+            to_device,
+            functools.partial(_beat_evaluating, keeper, step),
+        )
+    keeper.report(step, {"held_out": held_out})
+    return held_out
 
 
 def _beat_evaluating(keeper: Keeper, step: int, number: int) -> None:

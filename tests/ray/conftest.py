@@ -50,8 +50,8 @@ class Desk:
         done = self.dtrain(*words, *(["--detach"] if detach else []), check=check)
         return runs.list_runs(self.storage)[-1], done
 
-    def fault(self, what: str, *, batch: int, rank: int = 1) -> None:
-        (self.faults / f"{rank}.json").write_text(json.dumps({"batch": batch, "do": what}))
+    def fault(self, what: str, *, batch: int, rank: int = 1, of: str = "train") -> None:
+        (self.faults / f"{rank}.json").write_text(json.dumps({"of": of, "batch": batch, "do": what}))
 
     def until(self, run: Run, condition: Callable[[runs.Record], bool], timeout: float = 60) -> runs.Record:
         deadline = time.monotonic() + timeout

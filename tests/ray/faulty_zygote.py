@@ -1,6 +1,6 @@
-"""The real zygote, with one change: reading the n-th training batch of a worker may go wrong, once, as a file says.
+"""The real zygote, with one change: reading the n-th batch of a worker may go wrong, once, as a file says.
 
-    python faulty_zygote.py FOLDER FAULTS UNTIL        FAULTS/<rank>.json: {"batch": 7, "do": "kill"}
+    python faulty_zygote.py FOLDER FAULTS UNTIL        FAULTS/<rank>.json: {"of": "train", "batch": 7, "do": "kill"}
 
 So faults strike at an exact step, inside the real processes, and nothing in dtrain knows of tests.
 """
@@ -37,7 +37,7 @@ def strike(what: str, number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def wrap(batch):
+def wrap(batch, part):
     count = 0
 
     def read(indices):
@@ -48,7 +48,7 @@ def wrap(batch):
         path = FAULTS / f"{dist.get_rank() if dist.is_initialized() else 0}.json"
         if path.exists():
             fault = json.loads(path.read_text())
-            if count == fault["batch"]:
+            if (count, part) == (fault["batch"], fault["of"]):
                 path.rename(path.with_suffix(".struck"))
                 strike(fault["do"], count)
         return batch(indices)
@@ -63,7 +63,8 @@ def main() -> None:
 
     def faulty_open(options, cache):
         source = real(options, cache)
-        source.train.batch = wrap(source.train.batch)
+        source.train.batch = wrap(source.train.batch, "train")
+        source.held_out.batch = wrap(source.held_out.batch, "held_out")
         return source
 
     text.open = faulty_open

@@ -130,6 +130,17 @@ def test_all_workers_lost_at_once(desk: Desk, undisturbed: Run) -> None:
     assert_same_weights(run, undisturbed)
 
 
+def test_workers_lost_in_the_last_evaluation(desk: Desk, undisturbed: Run) -> None:
+    desk.fault("kill", batch=3, rank=0, of="held_out")
+    desk.fault("kill", batch=3, rank=1, of="held_out")
+    run, _ = desk.submit("evaluate.every_steps=null")
+    record = run.record
+    assert record.state == "succeeded", record
+    assert [a.from_step for a in record.attempts] == [0, 60]
+    assert record.outcome["metrics"] == undisturbed.record.outcome["metrics"]
+    assert_same_weights(run, undisturbed)
+
+
 def test_an_error_of_the_user_stops_at_once_with_the_users_traceback(desk: Desk) -> None:
     desk.fault("raise", batch=12)
     run, done = desk.submit(check=False)
