@@ -16,7 +16,7 @@ KEEPER = "tests.benchmarks.interleaved:CheckpointKeeper"
 
 
 def measure(*, is_quick: bool) -> list[Figure]:
-    steps = BLOCK * (1 + NUM_TURNS * (1 if is_quick else 5)) + 1
+    steps = BLOCK * (1 + NUM_TURNS * (1 if is_quick else 4)) + 1
     with workplace() as place:
         folder = place.folder / "zygote"
         with Memory(folder) as bare:  # what a writer takes whatever it writes: an interpreter's own memory

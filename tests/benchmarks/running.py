@@ -34,7 +34,7 @@ LONG_S = 180.0
 @contextlib.contextmanager
 def workplace() -> Iterator["Workplace"]:
     """A temporary folder with a cluster of its own, of which nothing is left afterwards."""
-    with tempfile.TemporaryDirectory(prefix="dtrain-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="dtrain-bench-", ignore_cleanup_errors=True) as folder:
         place = Workplace(Path(folder))
         try:
             yield place
@@ -126,12 +126,12 @@ class Script:
     ) -> None:
         self._log = log
         self._output = log.with_suffix(".out")
-        config_path = log.with_suffix(".json")
-        config_path.write_text(json.dumps({**config, "log": str(log)}))
+        self._config = log.with_suffix(".json")
+        self._config.write_text(json.dumps({**config, "log": str(log)}))
         with self._output.open("wb") as output:
             self.started = time.time()
             self.process = subprocess.Popen(
-                [*command, str(config_path)],
+                [*command, str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -151,11 +151,13 @@ class Script:
         return read_lines(self._log)
 
     def end(self) -> None:
-        """End all processes of its session: its ranks outlive their launcher."""
-        for pid in session_members(self.process.pid):
+        """End all it started: its ranks outlive their launcher."""
+        family = {*descendants(self.process.pid), *session_members(self.process.pid), *named(str(self._config))}
+        for pid in family:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait()
+        await_(lambda: not family & {pid for pid, fields, _ in processes() if fields[0] != "Z"}, 30.0, "still there")
 
 
 def torchrun(log: Path, config: Mapping[str, Any], max_restarts: int = 0) -> Script:
@@ -235,6 +237,21 @@ def await_(condition: Callable[[], Any], timeout_s: float, complaint: str) -> No
 def children(pid: int) -> dict[int, str]:
     """Pid and name of each living child."""
     return {child: name for child, fields, name in processes() if int(fields[1]) == pid and fields[0] != "Z"}
+
+
+def descendants(pid: int) -> list[int]:
+    """A process and all that came of it."""
+    return [pid, *(found for child in children(pid) for found in descendants(child))]
+
+
+def named(word: str) -> list[int]:
+    """Processes with this word in their command line."""
+    found = []
+    for pid, _, _ in processes():
+        with contextlib.suppress(OSError):
+            if word in (Path("/proc") / str(pid) / "cmdline").read_text().split("\0"):
+                found.append(pid)
+    return found
 
 
 def session_members(session: int) -> list[int]:

@@ -15,7 +15,7 @@ def measure(*, is_quick: bool) -> list[Figure]:
     with workplace() as place:
         config = rival_config(place.plan(*JOB))
         _submit(place)  # the data are prepared, files are in memory
-        for number in range(1 if is_quick else 7):
+        for number in range(1 if is_quick else 5):
             place.down()
             rival = torchrun(place.folder / f"startup-{number}.jsonl", config)
             try:
