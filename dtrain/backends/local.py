@@ -65,15 +65,21 @@ def send(submission: Submission, options: Options, say: Say) -> None:
     if submission.num_nodes > 1:
         raise ClusterError("the embedded cluster is one machine; for several nodes name another cluster with --cluster")
     home = _Home(options)
-    with home.locked():
+    log = Path(submission.run_path) / "logs" / "driver.log"
+    with home.locked(), contextlib.ExitStack() as stack:
         record = home.record()
+        turn = None
         if record is None:
             say("starting a Ray head on this machine (kept warm for the next run)")
             record = home.start_head()
+            if submission.resources.get("CPU", 0) <= record["cores"] and (
+                submission.resources.get("GPU", 0) <= record["gpus"]
+            ):
+                turn = stack.enter_context(home.turn(record))
         elif home.hand_over(submission.run_path):
             return
-    # The driver connects while the head may still be coming up: both take seconds, so they take them together.
-    home.start_driver([*submission.entrypoint], record, Path(submission.run_path) / "logs" / "driver.log")
+        # The driver connects while the head may still be coming up: both take seconds, so they take them together.
+        home.start_driver([*submission.entrypoint], record, log, turn)
 
 
 def cluster_up(options: Options, say: Say) -> dict[str, Any]:
@@ -218,13 +224,29 @@ class _Home:
         (self.path / "cluster.json").write_text(json.dumps(record, indent=2))
         return record
 
-    def start_driver(self, command: list[str], record: dict[str, Any], log_path: Path) -> None:
+    @contextlib.contextmanager
+    def turn(self, record: dict[str, Any]) -> Iterator[int]:
+        """The lock that a driver takes before it reserves, for the first one: it need not wait for Ray to begin."""
+        descriptor = os.open(self.folder / f"turn-{record['pid']}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield descriptor  # the driver inherits it, and with it the lock
+        finally:
+            os.close(descriptor)
+
+    def start_driver(self, command: list[str], record: dict[str, Any], log_path: Path, turn: int | None = None) -> None:
         """Start a driver, in a session of its own, that leaves a waiting one behind when its run is over."""
         words = ["--address", record["address"], "--token", str(self.token), "--folder", str(self.folder)]
         words += ["--until", str(record["pid"]), "--spare"]
+        words += [] if turn is None else ["--turn", str(turn)]
         with open(log_path, "ab") as log:
             subprocess.Popen(
-                [*command, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*command, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=[] if turn is None else [turn],
             )
 
     def hand_over(self, run_path: str) -> bool:
@@ -270,7 +292,7 @@ class _Home:
         (self.path / "cluster.json").unlink(missing_ok=True)
         for name in ("ray", "drivers"):
             shutil.rmtree(self.folder / name, ignore_errors=True)
-        for path in self.folder.glob("*.sock"):
+        for path in (*self.folder.glob("*.sock"), *self.folder.glob("turn-*")):
             path.unlink(missing_ok=True)
 
 

@@ -9,6 +9,7 @@ driver waits, already connected, for the next run, so that a submit does not pay
 
 import argparse
 import contextlib
+import fcntl
 import os
 import secrets
 import select
@@ -94,6 +95,7 @@ class Driver:
         self._next_check = 0.0
         self._new: list[Connection] = []
         self._lease = -1
+        self._reservation: Reservation | None = None
 
     def drive(self, ray: Any) -> None:
         """Run to the end; whatever happens is in the record before this returns."""
@@ -107,16 +109,19 @@ class Driver:
         if self._arguments.again:
             self._update(submissions=record.submissions + 1)
         marker = self._arguments.folder / "drivers" / str(os.getpid())
-        reservation = None
         try:
             marker.parent.mkdir(exist_ok=True)
             marker.write_text(str(self._run.path))
             if self._arguments.again:
                 self._check_budget()
-            ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
-            reservation = Reservation(ray, self._plan, self._run.id)
-            if self._await_resources(reservation):
-                self._host(reservation)
+            if self._arguments.turn is not None:
+                threading.Thread(target=self._reserve_behind, args=(self._arguments.turn,), daemon=True).start()
+                self._host(None)
+            elif self._await_turn():
+                ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
+                self._reservation = Reservation(ray, self._plan, self._run.id)
+                if self._await_resources(self._reservation):
+                    self._host(self._reservation)
         except DtrainError as error:
             self._end = {"state": "failed", "error_kind": error.kind, "error": error.message, "cause": error.message}
         except Exception as error:
@@ -126,8 +131,8 @@ class Driver:
             self._end = {"state": "failed", "error_kind": "internal", "error": text, "cause": cause}
         finally:
             self._finish()
-            if reservation is not None and self._cluster_lost is None:
-                reservation.release()
+            if self._reservation is not None and self._cluster_lost is None:
+                self._reservation.release()
             with contextlib.suppress(OSError):
                 marker.unlink()
 
@@ -150,18 +155,48 @@ class Driver:
                     raise
                 time.sleep(0.1)
 
+    def _reserve_behind(self, turn: int) -> None:
+        """The first run of a cluster that is just starting begins at once, and reserves when Ray is there.
+
+        Nobody can have been before it: it holds the turn, for which all others wait, until its request is made.
+        """
+        try:
+            ray = connect(self._arguments.address, self._arguments.token, self._run.id)
+            self._reservation = Reservation(ray, self._plan, self._run.id)
+        except Exception as error:
+            self._lose_cluster(error.message if isinstance(error, DtrainError) else f"Ray did not start: {error}")
+        finally:
+            os.close(turn)
+
+    def _await_turn(self) -> bool:
+        """Until the first run of the cluster has reserved what it needs; False when asked to stop meanwhile."""
+        turn = os.open(
+            self._arguments.folder / f"turn-{self._arguments.until}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(turn, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return True
+                if self._is_over_before_it_began():
+                    return False
+                time.sleep(0.05)
+        finally:
+            os.close(turn)
+
+    def _is_over_before_it_began(self) -> bool:
+        self._look_around()
+        if self._cluster_lost:
+            raise ClusterError(self._cluster_lost)
+        if self._stop is None:
+            return False
+        self._end = {"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} while queued"}
+        return True
+
     def _await_resources(self, reservation: Reservation) -> bool:
         told = ""
         while not reservation.is_ready(0.5 if told else 2.0):
-            self._look_around()
-            if self._cluster_lost:
-                raise ClusterError(self._cluster_lost)
-            if self._stop is not None:
-                self._end = {
-                    "state": "stopped",
-                    "error_kind": "stopped",
-                    "cause": f"stopped by {self._stop} while queued",
-                }
+            if self._is_over_before_it_began():
                 return False
             why = reservation.why_waiting()
             if why != told:
@@ -172,7 +207,7 @@ class Driver:
 
     # -- hosting -------------------------------------------------------------------------------------------
 
-    def _host(self, reservation: Reservation) -> None:
+    def _host(self, reservation: Reservation | None) -> None:
         secret = secrets.token_bytes(32)
         address = self._arguments.address.rpartition(":")[0]
         listener = Listener((address, 0), backlog=64, authkey=secret)
@@ -198,7 +233,7 @@ class Driver:
         finally:
             listener.close()
 
-    def _make_host(self, reservation: Reservation, address: Any, secret: bytes) -> AgentHost:
+    def _make_host(self, reservation: Reservation | None, address: Any, secret: bytes) -> AgentHost:
         args = {
             "run": str(self._run.path),
             "attempts": self._attempts,
@@ -208,6 +243,7 @@ class Driver:
         }
         self._agents, self._store, self._is_stop_sent = {}, None, False
         if self._plan.workers.num_nodes > 1:
+            assert reservation is not None
             return PlacedHost(args, self._plan, reservation)
         args["driver_command"] = self._command
         return EmbeddedHost(args, self._arguments.folder, self._arguments.until, self._lease)
@@ -287,9 +323,12 @@ class Driver:
         if self._stop is None and (who := self._run.stop_requested) is not None:
             self._stop = who
         if self._cluster_lost is None and not self._head_is_there():
-            self._cluster_lost = f"the Ray head at {self._arguments.address} is gone"
-            self._run.event("cluster-lost", message=f"{self._cluster_lost}: writing a last checkpoint")
-            self._stop = self._stop or self._cluster_lost
+            self._lose_cluster(f"the Ray head at {self._arguments.address} is gone")
+
+    def _lose_cluster(self, why: str) -> None:
+        self._cluster_lost = why
+        self._run.event("cluster-lost", message=f"{why}: writing a last checkpoint")
+        self._stop = self._stop or why
 
     def _head_is_there(self) -> bool:
         return _is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
@@ -393,6 +432,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--until", type=int, default=0, help="process not to outlive")
     parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
     parser.add_argument("--lease", type=int, help="descriptor of the run's lease, inherited")
+    parser.add_argument("--turn", type=int, help="descriptor of the lock that lets this run begin before Ray is up")
     parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
     return parser.parse_args(argv)
 

@@ -113,6 +113,8 @@ class Zygote:
                 process = start(folder, until)
             elif process.poll() not in (None, 0):
                 raise ClusterError(f"the zygote ended with {process.returncode}; see {folder / 'zygote.log'}")
+            if until and not _lives(until):
+                raise ClusterError(f"the head of this cluster (pid {until}) is gone")
             if time.monotonic() > deadline:
                 raise ClusterError(f"the zygote did not come up in {timeout_s:.0f} s; see {folder / 'zygote.log'}")
             time.sleep(0.01)
@@ -194,6 +196,13 @@ class Zygote:
         if "exited" in message:
             self._statuses[message["exited"]] = message["status"]
         return message
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def warm_up(folder: Path, until: int) -> None:
