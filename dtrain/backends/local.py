@@ -65,15 +65,15 @@ def send(submission: Submission, options: Options, say: Say) -> None:
     if submission.num_nodes > 1:
         raise ClusterError("the embedded cluster is one machine; for several nodes name another cluster with --cluster")
     home = _Home(options)
+    log = Path(submission.run_path) / "logs" / "driver.log"
     with home.locked():
         record = home.record()
         if record is None:
             say("starting a Ray head on this machine (kept warm for the next run)")
             record = home.start_head()
-        elif home.hand_over(submission.run_path):
-            return
-    # The driver connects while the head may still be coming up: both take seconds, so they take them together.
-    home.start_driver([*submission.entrypoint], record, Path(submission.run_path) / "logs" / "driver.log")
+            home.start_driver([*submission.entrypoint], record, log, is_first=True)
+        elif not home.hand_over(submission.run_path):
+            home.start_driver([*submission.entrypoint], record, log)
 
 
 def cluster_up(options: Options, say: Say) -> dict[str, Any]:
@@ -218,13 +218,28 @@ class _Home:
         (self.path / "cluster.json").write_text(json.dumps(record, indent=2))
         return record
 
-    def start_driver(self, command: list[str], record: dict[str, Any], log_path: Path) -> None:
-        """Start a driver, in a session of its own, that leaves a waiting one behind when its run is over."""
+    def start_driver(
+        self, command: list[str], record: dict[str, Any], log_path: Path, *, is_first: bool = False
+    ) -> None:
+        """Start a driver, in a session of its own, that leaves a waiting one behind when its run is over.
+
+        The first of a new head begins while Ray comes up, and holds a lock that keeps others from reserving before it.
+        """
         words = ["--address", record["address"], "--token", str(self.token), "--folder", str(self.folder)]
         words += ["--until", str(record["pid"]), "--spare"]
-        with open(log_path, "ab") as log:
+        with open(log_path, "ab") as log, open(self.folder / "first", "a") as first:
+            passed: tuple[int, ...] = ()
+            if is_first:
+                fcntl.flock(first, fcntl.LOCK_EX)
+                words += ["--first", str(first.fileno())]
+                passed = (first.fileno(),)
             subprocess.Popen(
-                [*command, *words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                [*command, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                pass_fds=passed,
             )
 
     def hand_over(self, run_path: str) -> bool:

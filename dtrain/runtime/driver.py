@@ -9,6 +9,7 @@ driver waits, already connected, for the next run, so that a submit does not pay
 
 import argparse
 import contextlib
+import fcntl
 import os
 import secrets
 import select
@@ -91,6 +92,8 @@ class Driver:
         self._stop: str | None = None
         self._is_stop_sent = False
         self._cluster_lost: str | None = None
+        self._reservation: Reservation | None = None
+        self._join_error: str | None = None
         self._next_check = 0.0
         self._new: list[Connection] = []
         self._lease = -1
@@ -98,7 +101,7 @@ class Driver:
     def drive(self, ray: Any) -> None:
         """Run to the end; whatever happens is in the record before this returns."""
         self._lease = self._acquire() if self._arguments.lease is None else self._run.adopt(self._arguments.lease)
-        signal.signal(signal.SIGTERM, lambda *_: self._ask_to_stop("the cluster, which is being taken down"))
+        signal.signal(signal.SIGTERM, self._on_sigterm)
         record = self._run.stored_record()
         if record.state in ENDED:
             return
@@ -107,16 +110,22 @@ class Driver:
         if self._arguments.again:
             self._update(submissions=record.submissions + 1)
         marker = self._arguments.folder / "drivers" / str(os.getpid())
-        reservation = None
         try:
             marker.parent.mkdir(exist_ok=True)
             marker.write_text(str(self._run.path))
             if self._arguments.again:
                 self._check_budget()
-            ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
-            reservation = Reservation(ray, self._plan, self._run.id)
-            if self._await_resources(reservation):
-                self._host(reservation)
+            if self._arguments.first is not None:
+                # Ray takes seconds to come up, and nobody else can have its resources before this run has them.
+                threading.Thread(target=self._reserve_first, daemon=True).start()
+                self._host()
+            else:
+                ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
+                signal.signal(signal.SIGTERM, self._on_sigterm)  # Ray has put its own in this place
+                self._await_first()
+                self._reservation = Reservation(ray, self._plan, self._run.id)
+                if self._await_resources(self._reservation):
+                    self._host()
         except DtrainError as error:
             self._end = {"state": "failed", "error_kind": error.kind, "error": error.message, "cause": error.message}
         except Exception as error:
@@ -126,8 +135,8 @@ class Driver:
             self._end = {"state": "failed", "error_kind": "internal", "error": text, "cause": cause}
         finally:
             self._finish()
-            if reservation is not None and self._cluster_lost is None:
-                reservation.release()
+            if self._reservation is not None and self._cluster_lost is None:
+                self._reservation.release()
             with contextlib.suppress(OSError):
                 marker.unlink()
 
@@ -137,6 +146,30 @@ class Driver:
             raise RetriesExhausted(
                 f"retry.driver allows {self._plan.retry.driver}, all used: the driver was lost {lost} times"
             )
+
+    # -- the first run of a new cluster ----------------------------------------------------------------------
+
+    def _reserve_first(self) -> None:
+        """Reserve what the run uses already, then let others reserve."""
+        try:
+            ray = connect(self._arguments.address, self._arguments.token, self._run.id)
+            reservation = Reservation(ray, self._plan, self._run.id)
+            while not reservation.is_ready(5.0):
+                pass
+            self._reservation = reservation
+        except DtrainError as error:
+            self._join_error = error.message
+        os.close(self._arguments.first)
+
+    def _await_first(self) -> None:
+        """Wait until the run that started the cluster has reserved what it uses."""
+        with open(self._arguments.folder / "first", "a") as first:
+            while self._stop is None and self._cluster_lost is None:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(first, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return
+                time.sleep(POLL_S)
+                self._look_around()
 
     # -- waiting -------------------------------------------------------------------------------------------
 
@@ -172,7 +205,7 @@ class Driver:
 
     # -- hosting -------------------------------------------------------------------------------------------
 
-    def _host(self, reservation: Reservation) -> None:
+    def _host(self) -> None:
         secret = secrets.token_bytes(32)
         address = self._arguments.address.rpartition(":")[0]
         listener = Listener((address, 0), backlog=64, authkey=secret)
@@ -180,7 +213,7 @@ class Driver:
         earlier = [_failure_of(a) for a in self._attempts if a["failure"]]
         try:
             while self._end is None:
-                host = self._make_host(reservation, listener.address, secret)
+                host = self._make_host(listener.address, secret)
                 try:
                     lost = self._serve(host)
                 finally:
@@ -198,7 +231,7 @@ class Driver:
         finally:
             listener.close()
 
-    def _make_host(self, reservation: Reservation, address: Any, secret: bytes) -> AgentHost:
+    def _make_host(self, address: Any, secret: bytes) -> AgentHost:
         args = {
             "run": str(self._run.path),
             "attempts": self._attempts,
@@ -208,7 +241,8 @@ class Driver:
         }
         self._agents, self._store, self._is_stop_sent = {}, None, False
         if self._plan.workers.num_nodes > 1:
-            return PlacedHost(args, self._plan, reservation)
+            assert self._reservation is not None, "several nodes are never the embedded cluster"
+            return PlacedHost(args, self._plan, self._reservation)
         args["driver_command"] = self._command
         return EmbeddedHost(args, self._arguments.folder, self._arguments.until, self._lease)
 
@@ -286,16 +320,16 @@ class Driver:
         self._next_check = now + (HEAD_CHECK_S if self._cluster_lost else 0.2)
         if self._stop is None and (who := self._run.stop_requested) is not None:
             self._stop = who
-        if self._cluster_lost is None and not self._head_is_there():
-            self._cluster_lost = f"the Ray head at {self._arguments.address} is gone"
+        if self._cluster_lost is None and (self._join_error or not self._head_is_there()):
+            self._cluster_lost = self._join_error or f"the Ray head at {self._arguments.address} is gone"
             self._run.event("cluster-lost", message=f"{self._cluster_lost}: writing a last checkpoint")
             self._stop = self._stop or self._cluster_lost
 
     def _head_is_there(self) -> bool:
         return _is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
 
-    def _ask_to_stop(self, who: str) -> None:
-        self._stop = self._stop or who
+    def _on_sigterm(self, *_: object) -> None:
+        self._stop = self._stop or "the cluster, which is being taken down"
 
     # -- the record ------------------------------------------------------------------------------------------
 
@@ -393,6 +427,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--until", type=int, default=0, help="process not to outlive")
     parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
     parser.add_argument("--lease", type=int, help="descriptor of the run's lease, inherited")
+    parser.add_argument("--first", type=int, help="descriptor of the lock that the first run of a new head holds")
     parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
     return parser.parse_args(argv)
 

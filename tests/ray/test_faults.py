@@ -357,3 +357,15 @@ def test_the_head_gone_is_said_in_seconds_and_the_run_resumes(desk: Desk) -> Non
     assert record.attempts[-1].from_step == step
     desk.dtrain("stop", run.id, "--storage", str(desk.storage))
     assert_nothing_left(run)
+
+
+def test_the_first_run_of_a_new_head_keeps_its_place(desk: Desk) -> None:
+    desk.dtrain("cluster", "down", "-c", str(desk.cluster))
+    first, _ = desk.submit("train.steps=3000", detach=True)
+    second, _ = desk.submit("train.steps=20", detach=True)
+    assert first.id != second.id
+    desk.until(first, lambda r: r.state == "running")
+    record = desk.until(second, lambda r: "other runs hold them" in r.cause or r.ended)
+    assert record.state == "queued", "it came while Ray was not up, and waits its turn all the same"
+    desk.dtrain("stop", first.id, "--storage", str(desk.storage))
+    assert desk.ended(second).state == "succeeded"
