@@ -47,13 +47,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     command = [sys.executable, "-m", "dtrain.runtime.driver", *_common(arguments)]
     waiting_command = [*command, "--wait"]
-    until = os.pidfd_open(arguments.until) if arguments.until else -1
+    until = _watch(arguments.until)
     ray: Any = None
     run_path = arguments.run
     try:
         warm_up(arguments.folder, arguments.until)  # imports torch while this process joins Ray
         if arguments.wait:
-            ray = connect(arguments.address, arguments.token, "waiting for a run")
+            ray = _join(arguments, "waiting for a run", until)
             Zygote.connect(arguments.folder, arguments.until).close()
             run_path = _await_run(arguments.folder, until)
             if run_path is None:
@@ -75,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         sys.stdout.flush()
         sys.stderr.flush()
-        if ray is not None or run_path is not None:
-            os._exit(0)  # Ray's own shutdown takes a second, and longer when its head is gone
+        os._exit(0)  # Ray's own shutdown takes a second, and longer when its head is gone
 
 
 class Driver:
@@ -118,7 +117,7 @@ class Driver:
                 threading.Thread(target=self._reserve_behind, args=(self._arguments.turn,), daemon=True).start()
                 self._host(None)
             elif self._await_turn():
-                ray = ray or connect(self._arguments.address, self._arguments.token, self._run.id)
+                ray = ray or _join(self._arguments, self._run.id, self._until)
                 self._reservation = Reservation(ray, self._plan, self._run.id)
                 if self._await_resources(self._reservation):
                     self._host(self._reservation)
@@ -384,6 +383,30 @@ class Driver:
                 return
 
 
+def _join(arguments: argparse.Namespace, name: str, until: int) -> Any:
+    """Connect to Ray, whose client would try for minutes to reach a head that has ended meanwhile.
+
+    In a thread, where it also leaves this process's signal handlers alone. Raises `ClusterError`.
+    """
+    joined: list[Any] = []
+
+    def join() -> None:
+        try:
+            joined.append(connect(arguments.address, arguments.token, name))
+        except ClusterError as error:
+            joined.append(error)
+
+    thread = threading.Thread(target=join, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        if not _is_alive(until):
+            raise ClusterError(f"the Ray head at {arguments.address} ended before it could be joined")
+        thread.join(POLL_S)
+    if isinstance(joined[0], ClusterError):
+        raise joined[0]
+    return joined[0]
+
+
 # -- the waiting driver ------------------------------------------------------------------------------------
 
 
@@ -408,6 +431,18 @@ def _await_run(folder: Path, until: int) -> Path | None:
                         return Path(word)
         finally:
             path.unlink(missing_ok=True)
+
+
+def _watch(pid: int) -> int:
+    """A descriptor that turns readable when the process has ended, also when it has already; -1 for no process."""
+    if not pid:
+        return -1
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        read, write = os.pipe()
+        os.close(write)
+        return read
 
 
 def _is_alive(pidfd: int) -> bool:
