@@ -359,18 +359,6 @@ def test_the_head_gone_is_said_in_seconds_and_the_run_resumes(desk: Desk) -> Non
     assert_nothing_left(run)
 
 
-def test_the_first_run_of_a_new_head_keeps_its_place(desk: Desk) -> None:
-    desk.dtrain("cluster", "down", "-c", str(desk.cluster))
-    first, _ = desk.submit("train.steps=3000", detach=True)
-    second, _ = desk.submit("train.steps=20", detach=True)
-    assert first.id != second.id
-    desk.until(first, lambda r: r.state == "running")
-    record = desk.until(second, lambda r: "other runs hold them" in r.cause or r.ended)
-    assert record.state == "queued", "it came while Ray was not up, and waits its turn all the same"
-    desk.dtrain("stop", first.id, "--storage", str(desk.storage))
-    assert desk.ended(second).state == "succeeded"
-
-
 def test_nothing_waits_for_a_head_that_is_gone(desk: Desk) -> None:
     desk.submit("train.steps=5")
     desk.dtrain("cluster", "down", "-c", str(desk.cluster))
