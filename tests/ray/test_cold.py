@@ -29,7 +29,7 @@ def cold():
 
 def test_the_second_run_of_a_cold_cluster_waits_for_the_first(cold):
     every_core = f"cluster.workers_per_node={min(probe().num_cores, 2)}"
-    cold.submit(every_core, "train.steps=400", "name=first", detach=True)
+    cold.submit(every_core, "train.steps=150", "evaluate.every_steps=null", "name=first", detach=True)
     cold.submit(every_core, "train.steps=4", "name=second", detach=True)
     first, second = (Run(next(cold.storage.glob(f"{name}-*"))) for name in ("first", "second"))
     assert cold.ended(first, 120).state == "succeeded"
