@@ -12,7 +12,7 @@ Backends and the runtime share the plan and one entry-point string, nothing else
 
 from dtrain.component import Options
 
-DRIVER = "dtrain.runtime.driver"
+DRIVER = "dtrain.runtime"
 """The module a backend starts on the cluster, with the run folder as its argument."""
 
 

@@ -3,8 +3,8 @@
 A Ray job of its own, in its own session: it outlives the terminal that submitted it. On the embedded cluster a
 driver waits, already connected, for the next run, so that a submit does not pay for an interpreter and `ray.init`.
 
-    python -m dtrain.runtime.driver --run FOLDER ...       drive this run
-    python -m dtrain.runtime.driver --wait ...             wait in the cluster's folder for the next one
+    python -m dtrain.runtime --run FOLDER ...              drive this run
+    python -m dtrain.runtime --wait ...                    wait in the cluster's folder for the next one
 """
 
 import argparse
@@ -34,7 +34,7 @@ from dtrain.runtime import retry
 from dtrain.runtime.hosts import AgentHost, EmbeddedHost, PlacedHost
 from dtrain.runtime.reservation import Reservation, answers, connect
 from dtrain.runtime.retry import Failure
-from dtrain.runtime.zygote import Zygote, warm_up
+from dtrain.runtime.zygote import Zygote
 
 LEASE_WAIT_S = 10.0
 POLL_S = 0.1
@@ -45,13 +45,12 @@ LAST_WORDS_S = 120.0
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
-    command = [sys.executable, "-m", "dtrain.runtime.driver", *_common(arguments)]
+    command = [sys.executable, "-m", "dtrain.runtime", *_common(arguments)]
     waiting_command = [*command, "--wait"]
     until = _watch(arguments.until)
     ray: Any = None
     run_path = arguments.run
     try:
-        warm_up(arguments.folder, arguments.until)  # imports torch while this process joins Ray
         if arguments.wait:
             ray = _join(arguments, "waiting for a run", until)
             Zygote.connect(arguments.folder, arguments.until).close()
@@ -476,9 +475,3 @@ def _common(arguments: argparse.Namespace) -> list[str]:
     words = ["--address", arguments.address, "--folder", str(arguments.folder), "--until", str(arguments.until)]
     words += ["--token", str(arguments.token)] if arguments.token else []
     return words + (["--spare"] if arguments.spare else [])
-
-
-if __name__ == "__main__":
-    from dtrain.runtime import driver
-
-    sys.exit(driver.main())

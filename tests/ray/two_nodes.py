@@ -26,7 +26,7 @@ def main(storage: Path) -> int:
     job = load_job(Path(__file__).parent / "job.yaml", ["train.steps=3000", "checkpoint.every_steps=500"])
     run = runs.create(make_plan(job, place, Machine(num_cores=1, memory_gib=4.0)), "")
     print(run.path, flush=True)
-    command = [sys.executable, "-m", "dtrain.runtime.driver", "--run", str(run.path), "--address", cluster.address]
+    command = [sys.executable, "-m", "dtrain.runtime", "--run", str(run.path), "--address", cluster.address]
     try:
         return subprocess.run([*command, "--folder", str(storage)], check=False).returncode
     finally:
