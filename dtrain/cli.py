@@ -281,12 +281,19 @@ def metrics(word: str | None, storage: str, everything: bool, as_json: bool) -> 
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, another text.")
 def sample(word: str | None, storage: str, prompt: str, length: int, temperature: float, seed: int) -> None:
-    """Let its newest checkpoint write something."""
+    """Let its newest checkpoint write, or draw, something."""
     run = _find(storage, word)
+    from dtrain.models import Request
+    from dtrain.training import gallery
     from dtrain.training.sample import generate  # torch takes seconds, a wrong name should not
     from dtrain.view.words import visible
 
-    click.echo(visible(generate(run, prompt, length, temperature, seed)))
+    sample = generate(run, Request(prompt=prompt, length=length, temperature=temperature, seed=seed))
+    if sample.text:
+        click.echo(visible(sample.text))
+    if sample.pictures is not None:
+        step = int(run.record.outcome["steps"]) if run.record.outcome else 0
+        click.echo(run.samples / gallery.save(run.samples, step, sample.pictures))
 
 
 # -- where it runs ---------------------------------------------------------------------------------------------

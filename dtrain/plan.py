@@ -125,7 +125,7 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
     data = source.resolve(job.data, Path.cwd())
     shape = source.describe(data)
     size = component.load("models", job.model.name).describe(job.model, shape)
-    component.load("strategies", job.strategy.name).check(job.strategy, job, workers)
+    component.load("strategies", job.strategy.name).check(job.strategy, job, workers, size)
     memory = cluster.memory_per_worker_gib or _memory_per_worker(machine, workers)
     batch = _batch(job, workers, size.activation_bytes_per_sample, memory, shape.sequence_length, notes)
     return Plan(

@@ -7,6 +7,7 @@ runs/<run>/
   metrics.jsonl    what training measured, one JSON object a line
   logs/            driver.log, agent-0.log, rank-0.log, ...; survive everything
   tensorboard/     event files
+  samples/         pictures that the model made
   checkpoints/     step-00000100/, ...
   lease            locked while a driver or its agent lives
   stop             exists once somebody asked the run to stop
@@ -101,6 +102,10 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
 
     @property
     def tensorboard(self) -> Path:

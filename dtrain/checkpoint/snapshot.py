@@ -1,6 +1,7 @@
 """The training state in shared memory: it outlives the ranks, and feeds the checkpoint writer.
 
-One segment a node holds one copy of the state, laid out as
+One segment a node holds one copy of a state that all its ranks hold alike; of a sharded state each rank has a
+segment of its own, for its pieces. A segment is laid out as
 
     header   magic, size of the index, one slot a local rank: [step, is_complete]
     index    JSON: where each tensor lies, its shape and type
@@ -17,12 +18,12 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from dtrain.checkpoint.pieces import Piece, State, as_pieces
 from dtrain.checkpoint.shared_memory import FOLDER
 from dtrain.errors import StorageError
 
@@ -40,16 +41,42 @@ class Entry:
     num_bytes: int
     shape: tuple[int, ...]
     dtype: str
+    whole: tuple[int, ...]
+    at: tuple[int, ...]
+    is_primary: bool
 
 
-def layout(tensors: Mapping[str, torch.Tensor]) -> tuple[list[Entry], int]:
-    """Where each tensor goes, in the order given, and how many bytes that takes."""
+def layout(state: State) -> tuple[list[Entry], int]:
+    """Where each piece goes, in the order given, and how many bytes that takes."""
     entries, offset = [], 0
-    for name, tensor in tensors.items():
+    for piece in as_pieces(state):
+        tensor = piece.tensor
         num_bytes = tensor.numel() * tensor.element_size()
-        entries.append(Entry(name, offset, num_bytes, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")))
-        offset += -(-num_bytes // ALIGNMENT) * ALIGNMENT
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        shape = tuple(tensor.shape)
+        entries.append(Entry(piece.name, offset, num_bytes, shape, dtype, piece.whole, piece.at, piece.is_primary))
+        offset += _aligned(num_bytes, ALIGNMENT)
     return entries, offset
+
+
+def segments(path: Path, num_local: int) -> "list[Snapshot]":
+    """The segments of a node with `num_local` ranks. Raises `StorageError` when one is missing."""
+    if path.exists():
+        return [Snapshot.open(path)]
+    return [Snapshot.open(path_of(path, local, is_replicated=False)) for local in range(num_local)]
+
+
+def path_of(path: Path, local_rank: int, *, is_replicated: bool) -> Path:
+    """The segment that a rank copies to."""
+    return path if is_replicated else path.with_name(f"{path.name}-{local_rank}")
+
+
+def held_step(path: Path, num_local: int) -> int | None:
+    """Steps done in the state that a node holds; None when it holds none, or a torn one."""
+    with contextlib.suppress(StorageError):
+        steps = {segment.step for segment in segments(path, num_local)}
+        return steps.pop() if len(steps) == 1 else None
+    return None
 
 
 class Snapshot:
@@ -63,12 +90,12 @@ class Snapshot:
         self._data_offset = data_offset
 
     @classmethod
-    def create(cls, path: Path, tensors: Mapping[str, torch.Tensor], num_slots: int) -> "Snapshot":
-        """Open the segment for `tensors`; make it, with no complete slot, where it is missing or laid out otherwise.
+    def create(cls, path: Path, state: State, num_slots: int) -> "Snapshot":
+        """Open the segment for `state`; make it, with no complete slot, where it is missing or laid out otherwise.
 
-        Called by every rank of the node at the same time. Raises `StorageError` when shared memory is too small.
+        Called by every rank that shares it at the same time. Raises `StorageError` when shared memory is too small.
         """
-        entries, size = layout(tensors)
+        entries, size = layout(state)
         index = json.dumps([vars(entry) for entry in entries]).encode()
         data_offset = _aligned(HEADER.size + num_slots * SLOT.size + len(index), mmap.PAGESIZE)
         lock = os.open(f"{path}-lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
@@ -114,7 +141,7 @@ class Snapshot:
             os.close(descriptor)
         try:
             num_slots, entries, data_offset = _read_index(memory)
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, KeyError):
             raise StorageError(f"{path}: not a snapshot") from None
         return cls(path, memory, num_slots, entries, data_offset)
 
@@ -135,11 +162,11 @@ class Snapshot:
         _copy(copies)
         self._mark(slot, step, True)
 
-    def write_whole(self, step: int, tensors: Mapping[str, torch.Tensor]) -> None:
+    def write_whole(self, step: int, state: State) -> None:
         """Copy everything, in the name of all slots: what a survivor does for its node."""
         for slot in range(self.num_slots):
             self._mark(slot, step, False)
-        _copy([(self.view(entry), tensors[entry.name].detach()) for entry in self.entries])
+        _copy([(self.view(e), piece.tensor.detach()) for e, piece in zip(self.entries, as_pieces(state), strict=True)])
         for slot in range(self.num_slots):
             self._mark(slot, step, True)
 
@@ -148,13 +175,13 @@ class Snapshot:
         for slot in range(self.num_slots):
             self._mark(slot, 0, False)
 
-    def share(self, slot: int, tensors: Mapping[str, torch.Tensor]) -> "list[tuple[torch.Tensor, torch.Tensor]]":
+    def share(self, slot: int, state: State) -> "list[tuple[torch.Tensor, torch.Tensor]]":
         """(destination, source) pairs of what `slot` copies: an equal part of the bytes, cut inside tensors."""
         total = self.num_bytes
         begin, end = total * slot // self.num_slots, total * (slot + 1) // self.num_slots
         pairs, position = [], 0
-        for entry in self.entries:
-            source = tensors[entry.name].detach()
+        for entry, piece in zip(self.entries, as_pieces(state), strict=True):
+            source = piece.tensor.detach()
             size = source.element_size()
             low = max(0, -(-(begin - position) // size)) if begin > position else 0
             high = max(0, -(-(end - position) // size)) if end > position else 0
@@ -177,17 +204,18 @@ class Snapshot:
         )
         return flat.view(entry.shape)
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {entry.name: self.view(entry) for entry in self.entries}
+    def pieces(self) -> list[Piece]:
+        """What is held, as it lies in the segment."""
+        return [Piece(e.name, self.view(e), e.whole, e.at, e.is_primary) for e in self.entries]
 
-    def read_into(self, tensors: Mapping[str, torch.Tensor]) -> int:
+    def read_into(self, state: State) -> int:
         """Copy the held state into live tensors; returns its step. Raises `StorageError` when it is torn."""
         step = self.step
         if step is None:
             raise StorageError(f"{self.path}: the snapshot is not complete")
         with torch.no_grad():
-            for entry in self.entries:
-                tensors[entry.name].detach().copy_(self.view(entry))
+            for entry, piece in zip(self.entries, as_pieces(state), strict=True):
+                piece.tensor.detach().copy_(self.view(entry))
         return step
 
     def _mark(self, slot: int, step: int, is_complete: bool) -> None:
@@ -202,7 +230,7 @@ def _read_index(memory: mmap.mmap) -> tuple[int, list[Entry], int]:
     if magic != MAGIC or num_slots < 1 or index_size < 1 or data_offset > len(memory):
         raise ValueError
     rows = json.loads(memory[start : start + index_size])
-    entries = [Entry(**{**row, "shape": tuple(row["shape"])}) for row in rows]
+    entries = [Entry(**{**row, **{key: tuple(row[key]) for key in ("shape", "whole", "at")}}) for row in rows]
     for entry in entries:
         size = math.prod(entry.shape) * getattr(torch, entry.dtype).itemsize
         if size != entry.num_bytes or entry.offset < 0 or data_offset + entry.offset + size > len(memory):

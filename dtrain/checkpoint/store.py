@@ -1,5 +1,7 @@
 """Checkpoints on storage: written whole or not at all, and trusted only after every byte was checked.
 
+On several nodes with a sharded state each writes a part, `.step-.../`; the first moves them together and commits.
+
 step-00000100/
   .metadata, *.distcp   torch's distributed checkpoint (DCP): any torch tool reads it
   manifest.json         step, metrics, size and SHA-256 of every file
@@ -12,15 +14,15 @@ import json
 import os
 import re
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import CheckpointException
 
+from dtrain.checkpoint import dcp_files
+from dtrain.checkpoint.pieces import State, as_pieces
 from dtrain.checkpoint.retention import Candidate, surplus
 from dtrain.errors import StorageError
 from dtrain.spec.job import Keep
@@ -39,21 +41,17 @@ def steps(folder: Path) -> list[int]:
     return [step for step in _all_steps(folder) if (path_of(folder, step) / MARKER).is_file()]
 
 
-def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: Mapping[str, Any]) -> int:
+def write(folder: Path, step: int, state: State, facts: Mapping[str, Any], parts: Sequence[Path] = ()) -> int:
     """Write and commit one checkpoint; returns its size in bytes.
 
-    `tensors` are read in place. Raises `StorageError` when storage refuses; what was begun is then removed, and no
+    `state` is read in place. `parts` are what other nodes have written (`write_part`); they become part of it.
+    Raises `StorageError` when storage refuses or the state is not all there; what was begun is then removed, and no
     other checkpoint is touched.
     """
     path = path_of(folder, step)
     try:
-        if path.exists():
-            _remove(path)  # a checkpoint of the same step that was never committed, or of an abandoned line
-        path.mkdir(parents=True)
-        # One thread: DCP loses what goes wrong in any other, and writes an index that lacks what was to be there.
-        writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1)
-        with _without_process_group():
-            dcp.save(dict(tensors), storage_writer=writer, no_dist=True)
+        _save(path, state)  # replaces one of the same step that was never committed, or of an abandoned line
+        dcp_files.join(path, parts)
         sizes = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
         files = {name: {"bytes": size, "sha256": _sha256(path / name)} for name, size in sizes.items()}
         manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
@@ -63,13 +61,55 @@ def write(folder: Path, step: int, tensors: Mapping[str, torch.Tensor], facts: M
         _sync_folder(path)
         _sync_folder(folder)
     except (Exception, CheckpointException) as error:  # DCP's own is no `Exception`
-        with contextlib.suppress(OSError):
-            _remove(path)
-        cause = _root(error)
-        if isinstance(cause, OSError):
-            raise StorageError(f"{path}: {cause.strerror or cause}") from error
-        raise StorageError(f"{path}: {type(cause).__name__}: {cause}") from error
+        raise _given_up(path, error) from error
     return sum(sizes.values())
+
+
+def part_of(folder: Path, step: int, node: int, attempt: int) -> Path:
+    """Where a node writes its part of a checkpoint."""
+    return folder / f".step-{step:08d}-{attempt}-{node}"
+
+
+def write_part(path: Path, state: State) -> int:
+    """Write what one node holds of a checkpoint that another commits; returns its size in bytes.
+
+    Raises `StorageError` when storage refuses; what was begun is then removed.
+    """
+    try:
+        _save(path, state)
+        _write_durably(path / MARKER, b"")
+        _sync_folder(path)
+    except (Exception, CheckpointException) as error:
+        raise _given_up(path, error) from error
+    return sum(p.stat().st_size for p in path.iterdir())
+
+
+def await_parts(paths: Sequence[Path], timeout_s: float) -> None:
+    """Wait until other nodes have written their parts. Raises `StorageError` when one does not come."""
+    deadline = time.monotonic() + timeout_s
+    for path in paths:
+        while not (path / MARKER).exists():
+            if time.monotonic() > deadline:
+                raise StorageError(f"{path}: another node did not write its part within {timeout_s:.0f} s")
+            time.sleep(0.01)
+
+
+def _save(path: Path, state: State) -> None:
+    if path.exists():
+        _remove(path)
+    path.mkdir(parents=True)
+    dcp_files.save(path, as_pieces(state))
+
+
+def _given_up(path: Path, error: BaseException) -> StorageError:
+    with contextlib.suppress(OSError):
+        _remove(path)
+    cause = _root(error)
+    if isinstance(cause, StorageError):
+        return cause
+    if isinstance(cause, OSError):
+        return StorageError(f"{path}: {cause.strerror or cause}")
+    return StorageError(f"{path}: {type(cause).__name__}: {cause}")
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -120,12 +160,13 @@ def newest_valid(folder: Path, rejected: Callable[[str], None]) -> tuple[Path, d
     return None
 
 
-def read_into(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Load a checkpoint into live tensors, in place. Raises `StorageError` when it does not fit them."""
+def read_into(path: Path, state: State) -> None:
+    """Load a checkpoint into live tensors, in place, whoever wrote which piece of it.
+
+    Raises `StorageError` when it does not fit them.
+    """
     try:
-        live = {name: tensor.detach() for name, tensor in tensors.items()}
-        with _without_process_group():
-            dcp.load(live, storage_reader=FileSystemReader(path), no_dist=True)
+        dcp_files.load(path, as_pieces(state))
     except (Exception, CheckpointException) as error:
         cause = _root(error)
         raise StorageError(f"{path.name} cannot be loaded: {type(cause).__name__}: {cause}") from error
@@ -147,6 +188,9 @@ def prune(folder: Path, keep: Keep) -> list[int]:
     for step in [*gone, *unfinished]:
         with contextlib.suppress(OSError):
             _remove(path_of(folder, step))
+    for part in folder.glob(".step-*"):  # of a checkpoint that was never committed
+        if int(part.name[6:14]) < newest:
+            shutil.rmtree(part, ignore_errors=True)
     return gone
 
 
@@ -156,14 +200,6 @@ def _all_steps(folder: Path) -> list[int]:
         return []
     found = ((NAME.match(p.name), p) for p in folder.iterdir())
     return sorted(int(match[1]) for match, p in found if match and p.is_dir())
-
-
-@contextlib.contextmanager
-def _without_process_group() -> Iterator[None]:
-    """DCP warns when it works in a single process, which is just what is meant here."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*assuming the intent is to.*", category=UserWarning)
-        yield
 
 
 def _remove(path: Path) -> None:
@@ -201,6 +237,6 @@ def _root(error: BaseException) -> BaseException:
     if failures:
         return _root(next(iter(failures.values()))[0])
     nested: BaseException | None = error
-    while nested is not None and not isinstance(nested, OSError):
+    while nested is not None and not isinstance(nested, OSError | StorageError):
         nested = nested.__cause__ or nested.__context__
     return nested or error

@@ -2,8 +2,10 @@
 
 It is told a step, reads the snapshot where it lies in shared memory, and answers when the checkpoint is committed:
 
-    {"step": 100, "path": "...", "metrics": {...}}  ->  {"written": 100, "bytes": ..., "seconds": ..., "deleted": [...]}
+    {"step": 100, "attempt": 1, "metrics": {...}}  ->  {"written": 100, "bytes": ..., "seconds": ..., "deleted": [...]}
                                                        {"failed": 100, "reason": "..."}
+
+Of a state that is sharded over nodes each writes its part, and the first node's commits when all are there.
 """
 
 import socket
@@ -15,10 +17,12 @@ from typing import Any
 import torch
 
 from dtrain.checkpoint import store
-from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.checkpoint.snapshot import segments
 from dtrain.errors import StorageError
 from dtrain.messages import receive, send
 from dtrain.spec.job import Keep
+
+PARTS_TIMEOUT_S = 600.0
 
 
 def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
@@ -26,16 +30,26 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
     torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 says more, and a sum is time of a core
     channel = socket.socket(fileno=descriptors[0])
     folder, keep = Path(args["folder"]), Keep.model_validate(args["keep"])
+    node, num_nodes = args["node"], args["num_nodes"]
     while (request := receive(channel)) is not None:
         step = request["step"]
         started = time.monotonic()
         try:
-            snapshot = Snapshot.open(Path(args["snapshot"]))
-            if snapshot.step != step:
-                raise StorageError(f"the snapshot holds step {snapshot.step}, not {step}")
-            facts = {"metrics": request["metrics"], "num_workers": args["num_workers"]}
-            size = store.write(folder, step, snapshot.tensors(), facts)
-            deleted = store.prune(folder, keep)
+            held = segments(Path(args["snapshot"]), args["num_local"])
+            if {segment.step for segment in held} != {step}:
+                raise StorageError(f"the snapshot holds step {', '.join(str(s.step) for s in held)}, not {step}")
+            pieces = [piece for segment in held for piece in segment.pieces()]
+            deleted: list[int] = []
+            if node:
+                size = store.write_part(store.part_of(folder, step, node, request["attempt"]), pieces)
+            else:
+                is_shared = num_nodes > 1 and not Path(args["snapshot"]).exists()
+                others = range(1, num_nodes) if is_shared else ()
+                parts = [store.part_of(folder, step, other, request["attempt"]) for other in others]
+                store.await_parts(parts, PARTS_TIMEOUT_S)
+                facts = {"metrics": request["metrics"], "num_workers": args["num_workers"], "data": request["data"]}
+                size = store.write(folder, step, pieces, facts, parts)
+                deleted = store.prune(folder, keep)
             seconds = round(time.monotonic() - started, 3)
             send(channel, {"written": step, "bytes": size, "seconds": seconds, "deleted": deleted})
         except StorageError as error:

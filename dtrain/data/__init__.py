@@ -11,7 +11,7 @@ The order of samples is not a source's business: `dtrain/data/order.py` decides 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,12 +21,29 @@ if TYPE_CHECKING:
 class DataShape:
     """What a model must know of its data at planning time."""
 
-    kind: str
-    """`tokens`, `images`, `table`, ...: which models can learn from it."""
+    kind: Literal["tokens", "masked", "pairs", "images", "table", "series", "custom"]
+    """What a batch holds, so which models can learn from it; `b` samples in a batch:
+
+    - `tokens`: inputs, targets int64 [b, t]; targets are the next tokens, -1 where nothing is to be predicted;
+    - `masked`: the same, with some inputs hidden; targets are the hidden tokens, -1 elsewhere;
+    - `pairs`: source int64 [b, s], inputs, targets int64 [b, t]: a text and its translation; padded with -1;
+    - `images`: images float32 [b, channels, height, width], about zero mean and unit variance; labels int64 [b];
+    - `table`: features float32 [b, f]; targets int64 [b] (classes) or float32 [b] (a number);
+    - `series`: inputs float32 [b, t, f], targets float32 [b, horizon].
+    """
     vocabulary_size: int = 0
     """Number of distinct tokens."""
     sequence_length: int = 0
-    """Tokens a sample trains on."""
+    """Tokens or time steps a sample has."""
+    num_classes: int = 0
+    """Labels are below this; 0 where a number is predicted, or nothing."""
+    channels: int = 0
+    height: int = 0
+    width: int = 0
+    num_features: int = 0
+    """Columns of a table, or of a series."""
+    horizon: int = 0
+    """Time steps to predict."""
 
 
 class Dataset(Protocol):
@@ -34,8 +51,12 @@ class Dataset(Protocol):
 
     num_samples: int
 
-    def batch(self, indices: "np.ndarray") -> "dict[str, np.ndarray]":
-        """The samples at `indices` (int64, shape [b]) as named arrays whose first dimension is b."""
+    def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
+        """The samples at `indices` (int64, shape [b]) as named arrays whose first dimension is b.
+
+        `draws` (uint64, shape [b]) has a random number for each of them, another in every epoch: what a source does
+        by chance (augmentation, masking) is a function of it, so that it does not depend on the number of workers.
+        """
 
 
 class Source(Protocol):
@@ -43,6 +64,10 @@ class Source(Protocol):
 
     train: Dataset
     held_out: Dataset
+    fingerprint: str
+    """Changes with the samples; a run that is resumed must find the same."""
+    is_cheap: bool
+    """Whether a batch costs so little that nothing is gained by reading ahead in other processes."""
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
         """Figures to hold the evaluation against: {metric: {name: value}}, e.g. bits_per_byte of gzip -9."""

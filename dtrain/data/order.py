@@ -4,7 +4,9 @@ A keyed permutation is computed, never stored, so seeking to any step costs the 
 has to be saved to resume. The global sample index runs on over epochs: sample g is position g mod n of epoch g div n.
 """
 
-from functools import lru_cache
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 MAX_SAMPLES = 2**48
 _ROUNDS = 6
 _BLOCK = 8192
+_DRAWS = 0xD12A35
 
 
 def permute(seed: int, epoch: "np.ndarray", position: "np.ndarray", num_samples: int) -> "np.ndarray":
@@ -40,42 +43,63 @@ def permute(seed: int, epoch: "np.ndarray", position: "np.ndarray", num_samples:
 
 def sample_indices(seed: int, num_samples: int, start: int, count: int) -> "np.ndarray":
     """The samples (int64, shape [count]) at global indices `start` to `start + count`; epochs join without a gap."""
+    return _joined(functools.partial(_block, seed, num_samples), start, count)
+
+
+def _joined(made: "Callable[[int], np.ndarray]", start: int, count: int) -> "np.ndarray":
+    """Numbers `start` to `start + count` of what is made block by block."""
     import numpy as np
 
-    blocks = range(start // _BLOCK, (start + count - 1) // _BLOCK + 1)
-    together = (
-        np.concatenate([_block(seed, num_samples, block) for block in blocks]) if count else np.empty(0, np.int64)
-    )
-    first = start - blocks.start * _BLOCK
-    return together[first : first + count]
+    number, first = divmod(start, _BLOCK)
+    if first + count <= _BLOCK:
+        return made(number)[first : first + count]
+    blocks = range(number, (start + count - 1) // _BLOCK + 1)
+    return np.concatenate([made(block) for block in blocks])[first : first + count]
 
 
-def step_indices(
-    step: int,
-    *,
-    seed: int,
-    num_samples: int,
-    global_size: int,
-    micro: int,
-    accumulation: int,
-    num_workers: int,
-    worker: int,
-) -> "list[np.ndarray]":
-    """What one worker reads in one step: `accumulation` arrays of `micro` sample indices.
+@dataclass(frozen=True)
+class Order:
+    """What one worker reads, step by step.
 
-    Step s holds global indices [s * global_size, (s + 1) * global_size), whoever reads them; each worker takes a
-    run of them. Raises `ValueError` unless global_size = micro x accumulation x num_workers.
+    Step s holds global indices [s * global_size, (s + 1) * global_size), whoever reads them. Each micro batch of all
+    workers together is a run of them, of which each worker takes a run: what is computed over a micro batch (batch
+    statistics) is then the same for any number of workers. Raises `ValueError` unless global_size = micro x
+    accumulation x num_workers.
     """
-    if micro * accumulation * num_workers != global_size or not 0 <= worker < num_workers:
-        raise ValueError(
-            f"batch of {global_size} is not {num_workers} workers (worker {worker}) x {accumulation} x micro {micro}"
+
+    seed: int
+    num_samples: int
+    global_size: int
+    micro: int
+    accumulation: int
+    num_workers: int
+    worker: int
+
+    def __post_init__(self) -> None:
+        sizes = self.micro * self.accumulation * self.num_workers
+        if sizes != self.global_size or not 0 <= self.worker < self.num_workers:
+            raise ValueError(
+                f"batch of {self.global_size} is not {self.num_workers} workers (worker {self.worker})"
+                f" x {self.accumulation} x micro {self.micro}"
+            )
+
+    def micro_batch(self, step: int, number: int) -> "tuple[np.ndarray, np.ndarray]":
+        """(indices, draws) of micro batch `number` of `step`: int64 and uint64, shape [micro]."""
+        start = step * self.global_size + (number * self.num_workers + self.worker) * self.micro
+        return (
+            sample_indices(self.seed, self.num_samples, start, self.micro),
+            _joined(functools.partial(_drawn, self.seed), start, self.micro),
         )
-    share = micro * accumulation
-    mine = sample_indices(seed, num_samples, step * global_size + worker * share, share)
-    return [mine[i * micro : (i + 1) * micro] for i in range(accumulation)]
 
 
-@lru_cache(maxsize=4)
+def draws(seed: int, numbers: "np.ndarray") -> "np.ndarray":
+    """A random number (uint64) for each of `numbers` (uint64)."""
+    import numpy as np
+
+    return _mix(numbers ^ _mix(np.asarray([seed ^ _DRAWS], dtype=np.uint64)))
+
+
+@functools.lru_cache(maxsize=4)
 def _block(seed: int, num_samples: int, block: int) -> "np.ndarray":
     # One block serves many steps: numpy's cost per call would otherwise be felt in steps of a millisecond.
     import numpy as np
@@ -85,6 +109,15 @@ def _block(seed: int, num_samples: int, block: int) -> "np.ndarray":
     samples = permute(seed, epoch, position, num_samples)
     samples.flags.writeable = False
     return samples
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(seed: int, block: int) -> "np.ndarray":
+    import numpy as np
+
+    made = draws(seed, np.arange(block * _BLOCK, (block + 1) * _BLOCK, dtype=np.uint64))
+    made.flags.writeable = False
+    return made
 
 
 def _feistel(value: "np.ndarray", key: "np.ndarray", bits: int) -> "np.ndarray":

@@ -80,6 +80,8 @@ def open(options: Options, cache: Path) -> "TextSource":  # noqa: A001
 class TextSource:
     """Samples are windows of `sequence_length` tokens of one stream, in which a separator precedes each document."""
 
+    is_cheap = True
+
     def __init__(self, options: Options, folder: Path) -> None:
         import numpy as np
 
@@ -87,7 +89,7 @@ class TextSource:
         self._folder = folder
         self._options = options
         self.fingerprint: str = folder.name
-        """Changes with the text or how it is tokenized; a run that is resumed should find the same."""
+        """Changes with the text or how it is tokenized."""
         self.separator = options.tokenizer.vocabulary_size - 1
         length = options.sequence_length
         train, held_out = (_tokens(folder / name, self._meta["dtype"]) for name in ("train.bin", "held_out.bin"))
@@ -130,7 +132,7 @@ class Windows:
         self._length = length
         self.num_samples = (len(tokens) - 1) // length
 
-    def batch(self, indices: "np.ndarray") -> "dict[str, np.ndarray]":
+    def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
         """inputs and targets, int64 [b, t]."""
         import numpy as np
 
@@ -155,7 +157,7 @@ class HeldOutWindows:
         self._lengths = lengths
         self.num_samples = 1 + max(-(-(len(tokens) - 1 - length) // (length - context)), 0)
 
-    def batch(self, indices: "np.ndarray") -> "dict[str, np.ndarray]":
+    def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
         """inputs and targets, int64 [b, t], targets -1 where nothing is to be predicted; target_bytes, int64 [b]."""
         import numpy as np
 

@@ -229,9 +229,9 @@ def _train(plan: Plan, place: loop.Place, weights: Path) -> dict[str, Any]:
     strategy: Any = component.load("strategies", plan.strategy.name)
     task = model.build(plan.model, shape, plan.train)
     prepared = strategy.prepare(task, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
-    before = {name: tensor.detach().cpu().clone() for name, tensor in prepared.state.items()}
-    loop.train(plan, task, prepared, _Source(shape), place, 0, _Keeper(plan.train.steps - 1))
-    state = {name: tensor.detach().cpu() for name, tensor in prepared.state.items()}
+    before = {piece.name: piece.tensor.detach().cpu().clone() for piece in prepared.state}
+    loop.train(loop.Training(plan, task, prepared, _Source(shape), place), 0, _Keeper(plan.train.steps - 1))
+    state = {piece.name: piece.tensor.detach().cpu() for piece in prepared.state}
     if place.num_workers == 1:
         torch.save(state, weights)
         return {"right": True, "text": ""}
@@ -255,13 +255,16 @@ class _Tokens:
     def __init__(self, shape: DataShape) -> None:
         self._shape = shape
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    def batch(self, indices: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
         high, length = self._shape.vocabulary_size, self._shape.sequence_length
         rows = np.stack([np.random.default_rng(int(i)).integers(0, high, length + 1) for i in indices])
         return {"inputs": rows[:, :-1].copy(), "targets": rows[:, 1:].copy()}
 
 
 class _Source:
+    fingerprint = ""
+    is_cheap = True
+
     def __init__(self, shape: DataShape) -> None:
         self.train: Dataset = _Tokens(shape)
         self.held_out: Dataset = _Tokens(shape)
@@ -294,3 +297,9 @@ class _Keeper:
 
     def report(self, step: int, metrics: Mapping[str, Any]) -> None:
         del step, metrics
+
+    def end_at(self, step: int) -> None:
+        del step
+
+    def show(self, step: int, pictures: np.ndarray) -> None:
+        del step, pictures

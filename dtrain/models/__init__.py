@@ -2,16 +2,18 @@
 
 - `Options`: its settings (`dtrain.component.Options`);
 - `describe(options, data) -> ModelSize`: its arithmetic, without torch;
-- `build(options, data, train) -> Task`: the networks and how they learn.
+- `build(options, data, train) -> Task`: the networks and how they learn, with weights that are a function of
+  `train.seed` alone.
 
 The networks themselves, which need torch to be defined, live in `dtrain/models/networks/`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import nn
 
@@ -21,11 +23,13 @@ class ModelSize:
     """What planning must know of a model before torch is loaded."""
 
     num_parameters: int
-    """Trainable numbers, tied weights counted once."""
+    """Trainable numbers, tied weights counted once; 0 when only building it can tell."""
     flops_per_sample: int
     """Floating point operations of forward and backward for one sample (backward counted as twice forward)."""
     activation_bytes_per_sample: int
     """Estimate of the memory one sample needs between forward and backward, in fp32."""
+    parts: tuple[str, ...] = ("model",)
+    """Names of its networks."""
 
 
 @dataclass(frozen=True)
@@ -36,29 +40,75 @@ class Phase:
     parts: tuple[str, ...]
 
 
-class Task(Protocol):
+@dataclass(frozen=True)
+class Request:
+    """What a sample is asked for."""
+
+    prompt: str = ""
+    length: int = 160
+    """Tokens to generate."""
+    temperature: float = 0.7
+    top_k: int | None = None
+    count: int = 64
+    """Pictures to make."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a model made: text, or pictures."""
+
+    text: str = ""
+    pictures: "np.ndarray | None" = None
+    """uint8 [count, height, width, channels], 1 or 3 channels."""
+
+
+class Task:
     """What the loop trains: networks (parts), updates (phases) and a loss for each of them.
 
-    `parts` given to a method are the same networks as the attribute, wrapped by the strategy: call those.
-    A batch maps names to tensors whose first dimension is the micro batch, already on the device.
+    A model subclasses it and gives `loss`; the rest may be left as it is. `parts` given to a method are the same
+    networks as the attribute, wrapped by the strategy: call those. A batch maps names to tensors whose first
+    dimension is the micro batch, already on the device. Besides what the data holds there is `draws`: int64 [b], a
+    random number a sample that depends on neither the number of workers nor the micro batch; noise made from it
+    (`dtrain.models.networks.noise`) is the same however a run is spread.
     """
 
-    parts: dict[str, "nn.Module"]
+    parts: "dict[str, nn.Module]"
     phases: tuple[Phase, ...]
 
-    def loss(self, phase: str, parts: Mapping[str, "nn.Module"], batch: Mapping[str, "torch.Tensor"]) -> "torch.Tensor":
+    def __init__(self, parts: "Mapping[str, nn.Module]", phases: Sequence[Phase] = ()) -> None:
+        self.parts = dict(parts)
+        self.phases = tuple(phases) or (Phase("train", tuple(self.parts)),)
+
+    def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """Mean loss of the micro batch for one phase: a scalar with a gradient."""
+        raise NotImplementedError(f"{type(self).__name__} has no loss(phase, parts, batch)")
 
     def evaluate(
-        self, parts: Mapping[str, "nn.Module"], batch: Mapping[str, "torch.Tensor"]
-    ) -> dict[str, "torch.Tensor"]:
+        self, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]"
+    ) -> "dict[str, torch.Tensor]":
         """Sums (never means) over one held-out micro batch: scalars that add up over batches and workers."""
+        import torch
+
+        num = next(iter(batch.values())).shape[0]
+        loss = self.loss(self.phases[0].name, parts, batch)
+        return {"loss": loss.detach() * num, "samples": torch.tensor(float(num), device=loss.device)}
 
     def finish_evaluation(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Turn the sums over all held-out samples into metrics; `loss` must be among them, lower is better."""
+        return {"loss": sums["loss"] / sums["samples"]}
 
-    def compile_units(self) -> list["nn.Module"]:
-        """The blocks that `compile: true` compiles one by one, and that activation checkpointing recomputes."""
+    def blocks(self) -> "list[nn.Module]":
+        """The repeated blocks of the networks: what is compiled, recomputed and sharded one by one."""
+        return []
 
-    def sample(self, data: Any, prompt: str, length: int, temperature: float, seed: int) -> str:
-        """A readable sample of what the model makes of `prompt`, or raises `InputError` when it has none to give."""
+    def learning_rate_share(self, phase: Phase, name: str) -> float:
+        """Share of the learning rate that the parameter `<part>.<name>` trains with in `phase`."""
+        return 1.0
+
+    def sample(self, source: Any, request: Request) -> Sample | None:
+        """What the networks make now (in evaluation mode, on the device of their weights); None for nothing to show.
+
+        Every worker calls it with the same request. Raises `InputError` for a request that this model cannot meet.
+        """
+        return None

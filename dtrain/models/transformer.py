@@ -9,7 +9,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from dtrain import component
 from dtrain.data import DataShape
 from dtrain.errors import InputError
-from dtrain.models import ModelSize, Phase
+from dtrain.models import ModelSize, Request, Sample, Task
 
 if TYPE_CHECKING:
     import torch
@@ -119,13 +119,11 @@ def _check(data: DataShape) -> None:
         raise InputError(f"model transformer learns from tokens, not from {data.kind}; use data: {{name: text}}")
 
 
-class LanguageModel:
+class LanguageModel(Task):
     """The task: one network, one phase, mean cross-entropy of the next token."""
 
-    phases = (Phase("train", ("model",)),)
-
     def __init__(self, network: "Transformer") -> None:
-        self.parts: dict[str, nn.Module] = {"model": network}
+        super().__init__({"model": network})
         self._network = network
 
     def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
@@ -152,16 +150,16 @@ class LanguageModel:
             metrics["bits_per_byte"] = sums["nats"] / math.log(2) / sums["bytes"]
         return metrics
 
-    def compile_units(self) -> "list[nn.Module]":
+    def blocks(self) -> "list[nn.Module]":
         """The blocks."""
         return list(self._network.blocks)
 
-    def sample(
-        self, data: Any, prompt: str, length: int, temperature: float, seed: int, top_k: int | None = None
-    ) -> str:
-        """`prompt` and the text of up to `length` tokens after it; ends early where the model ends its document."""
-        tokens = data.encode(prompt)
-        made = self._network.generate(tokens or [data.separator], length, temperature, top_k, seed)
-        if data.separator in made:
-            made = made[: made.index(data.separator)]
-        return data.decode([*tokens, *made])
+    def sample(self, source: Any, request: Request) -> Sample:
+        """The prompt and the text of up to `length` tokens after it; ends early where the model ends its document."""
+        tokens = source.encode(request.prompt)
+        made = self._network.generate(
+            tokens or [source.separator], request.length, request.temperature, request.top_k, request.seed
+        )
+        if source.separator in made:
+            made = made[: made.index(source.separator)]
+        return Sample(source.decode([*tokens, *made]))

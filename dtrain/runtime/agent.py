@@ -26,8 +26,8 @@ import torch
 
 from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import store
-from dtrain.checkpoint.snapshot import Snapshot
-from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
+from dtrain.checkpoint.snapshot import held_step
+from dtrain.errors import ClusterError, DtrainError, Stopped, from_kind
 from dtrain.messages import pair, receive
 from dtrain.plan import Plan
 from dtrain.runs import Attempt as AttemptRecord
@@ -120,9 +120,14 @@ class Agent:
             agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
         )
         self._writer = CheckpointWriter(
-            self.run_folder, self._plan, self._node.snapshot_path, self._selector, self._free_snapshot
+            self.run_folder, self._plan, self._number, self._node.snapshot_path, self._selector, self._free_snapshot
         )
         self._attempt: Attempt | None = None
+        self._peer_steps: set[int | None] = {None}
+        """What the other nodes' snapshots held when the last attempt failed."""
+        self._attempt_number = 0
+        self._data = ""
+        """Fingerprint of what the ranks train on."""
 
     # -- the story -----------------------------------------------------------------------------------------
 
@@ -178,6 +183,7 @@ class Agent:
             number += 1
 
     def _try(self, number: int, restore: Mapping[str, Any]) -> Report:
+        self._attempt_number = number
         if not self._zygote.is_alive:
             self._zygote.close()
             self._zygote = Zygote.connect(self._zygote_folder, self._until)
@@ -233,10 +239,9 @@ class Agent:
     def _where_from(self) -> dict[str, Any]:
         """The newest state that can be trusted: the snapshot, else the newest valid checkpoint, else scratch."""
         committed = store.steps(self.run_folder.checkpoints)
-        with contextlib.suppress(StorageError):
-            step = Snapshot.open(self._node.snapshot_path).step
-            if step is not None and step >= max(committed, default=0):
-                return {"from": "snapshot", "step": step, "node": self._number}
+        step = self._held_step()
+        if step is not None and step >= max(committed, default=0) and (self._holds_all or self._peer_steps == {step}):
+            return {"from": "snapshot", "step": step, "node": self._number}
         rejected: list[str] = []
         found = store.newest_valid(self.run_folder.checkpoints, rejected.append)
         for sentence in rejected:
@@ -244,7 +249,7 @@ class Agent:
         if found is None:
             return {"from": "scratch", "step": 0}
         path, manifest = found
-        return {"from": "checkpoint", "step": manifest["step"], "path": str(path)}
+        return {"from": "checkpoint", "step": manifest["step"], "path": str(path), "data": manifest.get("data", "")}
 
     def _await_store(self) -> tuple[str, int]:
         """Follower: where the leader's store is, as the driver passes it on."""
@@ -270,7 +275,9 @@ class Agent:
         if self._plan.workers.num_nodes > 1:
             mine = {"failures": [asdict(f) for f in failures], "snapshot_step": report.snapshot_step}
             self._node.agreement.submit(number, mine)
-            for node_report in self._node.agreement.reports(number, REPORT_TIMEOUT_S).values():
+            reports = self._node.agreement.reports(number, REPORT_TIMEOUT_S)
+            self._peer_steps = {node_report["snapshot_step"] for node_report in reports.values()}
+            for node_report in reports.values():
                 failures += [Failure(**f) for f in node_report["failures"]]
         order = {"error": 0, "diverged": 0, "memory": 0, "hung": 1, "killed": 2, "exited": 3, "agent": 4}
         root = min(failures, key=lambda f: order[f.kind], default=Failure("exited", "all ranks left", report.step))
@@ -279,7 +286,7 @@ class Agent:
     def _finish(self, outcome: dict[str, Any]) -> None:
         self._await_writer()
         step = int(outcome["steps"])
-        if self._stop is not None and step < self._plan.train.steps:
+        if "metrics" not in outcome:
             self._end_record(None, step)
             self._stopped(step)
             return
@@ -292,16 +299,27 @@ class Agent:
             return
         self._end_record(None, step)
         outcome["checkpoint"] = store.path_of(self.run_folder.checkpoints, step).name
-        self.end({"state": "succeeded", "cause": f"all {step} steps done", "outcome": outcome})
+        cause = f"all {step} steps done"
+        if step < self._plan.train.steps:
+            cause = f"stopped early after step {step}: the held-out loss no longer fell"
+        self.end({"state": "succeeded", "cause": cause, "outcome": outcome})
 
     def _keep_snapshot(self) -> None:
         """Put the snapshot on storage when it is newer than every checkpoint: no work is lost by an early end."""
         self._await_writer()
-        with contextlib.suppress(StorageError):
-            step = Snapshot.open(self._node.snapshot_path).step
-            if step is not None and step > max(store.steps(self.run_folder.checkpoints), default=0):
-                self._write_checkpoint(step, {})
-                self._await_writer()
+        step = self._held_step()
+        newest = max(store.steps(self.run_folder.checkpoints), default=0)
+        if step is not None and step > newest and self._holds_all:
+            self._write_checkpoint(step, {})
+            self._await_writer()
+
+    def _held_step(self) -> int | None:
+        return held_step(self._node.snapshot_path, self._plan.workers.per_node)
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether this node's snapshot is the whole state; else other nodes hold the rest of it."""
+        return self._plan.workers.num_nodes == 1 or self._node.snapshot_path.exists()
 
     def _stopped(self, step: int) -> None:
         self._keep_snapshot()
@@ -367,20 +385,23 @@ class Agent:
     def _on_rank(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             attempt = self._attempt
+            self._data = message["data"]
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
                 latest = self._attempts[-1]
                 cause = f"attempt {latest.number}, from {latest.source}"
                 self._tell({"record": {"state": "running", "cause": cause}})
         elif "checkpoint" in message:
-            if self._is_leader:
+            if self._is_leader or not self._holds_all:
                 self._write_checkpoint(message["checkpoint"], message["held_out"])
             elif self._attempt is not None:
                 self._attempt.control.writing_step = 0
         elif "metrics" in message and self._scribe is not None:
             self._scribe.write(len(self._attempts), message["metrics"])
+        elif "picture" in message and self._scribe is not None:
+            self._scribe.show(self.run_folder.samples / message["picture"]["file"], message["picture"]["step"])
 
     def _write_checkpoint(self, step: int, held_out: Mapping[str, float]) -> None:
-        self._writer.write(self._zygote, step, held_out)
+        self._writer.write(self._zygote, step, self._attempt_number, held_out, self._data)
 
     def _free_snapshot(self) -> None:
         if self._attempt is not None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.checkpoint.snapshot import Snapshot
-from dtrain.errors import StorageError
+from dtrain.checkpoint.snapshot import held_step
 from dtrain.messages import pair, receive, send
 from dtrain.plan import Plan
 from dtrain.runtime import watchdog
@@ -206,9 +205,7 @@ class Attempt:
         return Failure("exited", cause, self.step)
 
     def _snapshot_step(self) -> int | None:
-        with contextlib.suppress(StorageError):
-            return Snapshot.open(self._node.snapshot_path).step
-        return None
+        return held_step(self._node.snapshot_path, len(self.ranks))
 
     def _rescue(self, turn: Callable[[float], None]) -> int | None:
         """Let the survivor that came furthest copy its state; returns the step the snapshot then holds."""

@@ -3,12 +3,14 @@
 rank -> agent                                   agent -> rank
 {"ready": step}        state restored
 {"metrics": {...}}     worker 0 only
-{"checkpoint": step}   worker 0 only: the snapshot of this step may be written
+{"picture": {...}}     worker 0 only: its file in the run's samples/
+{"checkpoint": step}   first of each node: the snapshot of this step may be written
 {"done": {...}}        the loop came to its end, or left when asked to
 {"error": ..., ...}    an exception; waits  ->  {"rescue": true} copy the state to the snapshot, or killed
 {"rescued": step}
 """
 
+import dataclasses
 import faulthandler
 import functools
 import os
@@ -21,12 +23,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
 from dtrain import component
 from dtrain.checkpoint import store
-from dtrain.checkpoint.snapshot import Snapshot
+from dtrain.checkpoint.pieces import Piece
+from dtrain.checkpoint.snapshot import Snapshot, path_of
 from dtrain.data import cache
 from dtrain.errors import DtrainError, InputError, StorageError
 from dtrain.messages import receive, send
@@ -34,9 +38,11 @@ from dtrain.plan import Plan
 from dtrain.runs import Run
 from dtrain.runtime import rendezvous
 from dtrain.runtime.control import Control
-from dtrain.training import loop
+from dtrain.training import gallery, loop
+from dtrain.training.averaging import Average
 from dtrain.training.memory import keep_freed_memory
 from dtrain.training.optim import build_optimizer
+from dtrain.training.patience import Patience
 from dtrain.training.seeds import seed_everything
 
 
@@ -44,24 +50,29 @@ class Keeper:
     """Looks after the loop in the name of the agent: signs of life, snapshots, the agreed moment to leave."""
 
     def __init__(
-        self, plan: Plan, control: Control, channel: socket.socket, place: loop.Place, local_rank: int
+        self, plan: Plan, control: Control, channel: socket.socket, place: loop.Place, local_rank: int, samples: Path
     ) -> None:
+        self._samples = samples
         self._plan, self._control, self._channel, self._place = plan, control, channel, place
         self._local_rank = local_rank
         self._is_leader = local_rank == 0
         self._snapshot: Snapshot | None = None
         self._share: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._slot = 0
+        self._last_step = plan.train.steps
         self.completed = 0
         """Steps whose update is whole in this worker's memory."""
         self.is_updating = False
 
-    def attach(self, snapshot: Snapshot, state: Mapping[str, torch.Tensor], completed: int) -> None:
+    def attach(self, snapshot: Snapshot, state: Sequence[Piece], completed: int) -> None:
         self._snapshot = snapshot
-        self._share = snapshot.share(self._local_rank, state)
+        self._slot = self._local_rank if snapshot.num_slots > 1 else 0
+        self._share = snapshot.share(self._slot, state)
         self.completed = completed
 
     def beat(self, step: int, micro: int, place: int) -> None:
-        self.is_updating = place == loop.UPDATE
+        # While it evaluates, an average may stand where the weights were.
+        self.is_updating = place in (loop.UPDATE, loop.EVALUATE)
         self._control.beat(self._local_rank, step, micro, place)
 
     def begin_step(self, step: int) -> None:
@@ -80,7 +91,7 @@ class Keeper:
             self._await_writer(step)
         if control.snapshot_step == step and self._snapshot is not None:
             control.beat(self._local_rank, step, 0, loop.SNAPSHOT)
-            self._snapshot.write_share(self._local_rank, step, self._share)
+            self._snapshot.write_share(self._slot, step, self._share)
         return leave
 
     def _await_writer(self, step: int) -> None:
@@ -94,9 +105,15 @@ class Keeper:
             control.snapshot_step = step
 
     def wants_checkpoint(self, step: int) -> bool:
-        return (
-            step % (self._plan.checkpoint.every_steps or self._plan.train.steps) == 0 or step == self._plan.train.steps
-        )
+        return step % (self._plan.checkpoint.every_steps or self._plan.train.steps) == 0 or step == self._last_step
+
+    def end_at(self, step: int) -> None:
+        self._last_step = step
+
+    def show(self, step: int, pictures: np.ndarray) -> None:
+        if self._place.worker == 0:
+            name = gallery.save(self._samples, step, pictures)
+            send(self._channel, {"picture": {"step": step, "file": name}})
 
     def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
         if self._is_leader and self._control.writing_step == step:
@@ -113,28 +130,33 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR2, all_threads=True)  # the agent asks a hung rank where it is
     keeper: Keeper | None = None
-    rescue: tuple[Snapshot, dict[str, torch.Tensor]] | None = None
+    rescue: tuple[Snapshot, list[Piece]] | None = None
     try:
-        plan = Run(Path(args["run"])).plan
+        run = Run(Path(args["run"]))
+        plan = run.plan
         place = _place(plan, args)
         plan.batch.check(place.num_workers)
         control = Control.open(Path(args["control"]))
-        keeper = Keeper(plan, control, channel, place, args["local_rank"])
+        keeper = Keeper(plan, control, channel, place, args["local_rank"], run.samples)
         keeper.beat(0, 0, loop.STARTING)
         rendezvous.join(plan, args, place)
-        task, prepared, source = _build(plan, place)
-        snapshot = Snapshot.create(Path(args["snapshot"]), prepared.state, args["local_world"])
-        start = _restore(args["restore"], prepared.state, snapshot, args, plan)
-        keeper.attach(snapshot, prepared.state, start)
-        if prepared.is_replicated and place.device.type == "cpu":
-            rescue = snapshot, prepared.state
+        training, state = _build(plan, place)
+        is_replicated = training.prepared.is_replicated
+        segment = path_of(Path(args["snapshot"]), args["local_rank"], is_replicated=is_replicated)
+        snapshot = Snapshot.create(segment, state, args["local_world"] if is_replicated else 1)
+        start = _restore(args["restore"], state, snapshot, args, is_replicated, training.source.fingerprint)
+        if start:
+            training.prepared.refresh()
+        keeper.attach(snapshot, state, start)
+        if is_replicated and place.device.type == "cpu":
+            rescue = snapshot, state
         keeper.beat(start, 0, loop.STARTING)
-        send(channel, {"ready": start})
-        outcome = loop.train(plan, task, prepared, source, place, start, keeper)
+        send(channel, {"ready": start, "is_replicated": is_replicated, "data": training.source.fingerprint})
+        outcome = loop.train(training, start, keeper)
     except BaseException as error:
         traceback.print_exc()
         sys.stderr.flush()
-        _report(channel, error, keeper)
+        _report(channel, error, keeper, rescue is not None)
         while (order := receive(channel)) is not None:
             if order.get("rescue") and keeper is not None and rescue is not None:
                 rescue[0].write_whole(keeper.completed, rescue[1])
@@ -177,7 +199,8 @@ def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
     return loop.Place(args["rank"], args["world"], device)
 
 
-def _build(plan: Plan, place: loop.Place) -> tuple[Any, Any, Any]:
+def _build(plan: Plan, place: loop.Place) -> tuple[loop.Training, list[Piece]]:
+    """All that the loop needs, and the state that must survive."""
     seed_everything(plan.train.seed)
     data: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
     model: Any = component.load("models", plan.model.name)  # type: ignore[attr-defined]
@@ -185,33 +208,45 @@ def _build(plan: Plan, place: loop.Place) -> tuple[Any, Any, Any]:
     source = data.open(plan.data, cache.folder())
     task = model.build(plan.model, data.describe(plan.data), plan.train)
     prepared = strategy.prepare(task, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
-    return task, prepared, source
+    average = Average(prepared, plan.train.ema) if plan.train.ema else None
+    patience = Patience(plan.train.stop_early) if plan.train.stop_early else None
+    state = [*prepared.state, *(average.state if average else ())]
+    if patience is not None:
+        is_primary = prepared.is_replicated or place.worker == 0
+        state += [dataclasses.replace(piece, is_primary=is_primary) for piece in patience.state]
+    return loop.Training(plan, task, prepared, source, place, average, patience), state
 
 
 def _restore(
     restore: Mapping[str, Any],
-    state: Mapping[str, torch.Tensor],
+    state: Sequence[Piece],
     snapshot: Snapshot,
     args: Mapping[str, Any],
-    plan: Plan,
+    is_replicated: bool,
+    data: str,
 ) -> int:
     """Put the state back; returns the steps already done."""
     source, step = restore["from"], int(restore["step"])
     if source == "checkpoint":
+        if restore["data"] != data:
+            raise InputError(
+                f"the data is not what {Path(restore['path']).name} was trained on (fingerprint {data}, then"
+                f" {restore['data']}); put the old data back, or submit a new run"
+            )
         store.read_into(Path(restore["path"]), state)
     elif source == "snapshot":
-        if args["node"] == restore["node"]:
+        if args["node"] == restore["node"] or not is_replicated:
             held = snapshot.read_into(state)
             if held != step:
                 raise StorageError(f"the snapshot holds step {held} where step {step} was agreed")
-        if plan.workers.num_nodes > 1:
-            sender = int(restore["node"]) * plan.workers.per_node
-            for tensor in state.values():
-                dist.broadcast(tensor.detach(), src=sender)
+        if is_replicated and args["world"] > args["local_world"]:
+            sender = int(restore["node"]) * args["local_world"]
+            for piece in state:
+                dist.broadcast(piece.tensor.detach(), src=sender)
     return step
 
 
-def _report(channel: socket.socket, error: BaseException, keeper: Keeper | None) -> None:
+def _report(channel: socket.socket, error: BaseException, keeper: Keeper | None, has_copy: bool) -> None:
     kind = "error"
     if isinstance(error, DtrainError):
         kind = error.kind
@@ -219,7 +254,7 @@ def _report(channel: socket.socket, error: BaseException, keeper: Keeper | None)
         kind = "memory"
     elif rendezvous.is_peer_loss(error):
         kind = "peer"
-    can_rescue = keeper is not None and keeper.completed > 0 and not keeper.is_updating
+    can_rescue = has_copy and keeper is not None and keeper.completed > 0 and not keeper.is_updating
     send(
         channel,
         {

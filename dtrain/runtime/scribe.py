@@ -2,8 +2,11 @@
 
 import contextlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dtrain.runs import Run
@@ -35,6 +38,12 @@ class Scribe:
         scalars |= {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
         for tag, value in scalars.items():
             self._on_board(tag, float(value), step)
+
+    def show(self, file: Path, step: int) -> None:
+        """A grid of pictures that the model made."""
+        if self._board is not None:
+            with contextlib.suppress(OSError), Image.open(file) as image:
+                self._board.add_image("samples", np.asarray(image.convert("RGB")), step, dataformats="HWC")
 
     def close(self) -> None:
         if self._board is not None:

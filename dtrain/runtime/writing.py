@@ -20,10 +20,20 @@ class CheckpointWriter:
     """At most one snapshot is being written; `on_free` is called when the snapshot may be overwritten again."""
 
     def __init__(
-        self, run: Run, plan: Plan, snapshot: Path, selector: selectors.BaseSelector, on_free: Callable[[], None]
+        self,
+        run: Run,
+        plan: Plan,
+        node: int,
+        snapshot: Path,
+        selector: selectors.BaseSelector,
+        on_free: Callable[[], None],
     ) -> None:
         self._run, self._selector, self._on_free = run, selector, on_free
+        self._is_leader = node == 0
         self._args = {
+            "node": node,
+            "num_nodes": plan.workers.num_nodes,
+            "num_local": plan.workers.per_node,
             "folder": str(run.checkpoints),
             "keep": plan.checkpoint.keep.model_dump(),
             "snapshot": str(snapshot),
@@ -35,12 +45,12 @@ class CheckpointWriter:
         self.last_failure = ""
         """Why the last checkpoint was not written; empty when it was."""
 
-    def write(self, zygote: Zygote, step: int, held_out: Mapping[str, float]) -> None:
-        """Begin to write the snapshot, which holds `step`."""
+    def write(self, zygote: Zygote, step: int, attempt: int, held_out: Mapping[str, float], data: str) -> None:
+        """Begin to write the snapshot, which holds `step`; `data` is the fingerprint of what was trained on."""
         if self._process is None:
             self._process = self._start(zygote)
         self.step = step
-        send(self._process[1], {"step": step, "metrics": dict(held_out)})
+        send(self._process[1], {"step": step, "attempt": attempt, "metrics": dict(held_out), "data": data})
 
     def drop(self) -> None:
         """End the process; a checkpoint that was being written is given up."""
@@ -73,8 +83,9 @@ class CheckpointWriter:
         elif "failed" in said:
             self._fail(said["failed"], said["reason"])
         else:
-            text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
-            self._run.event("checkpoint", message=text, **said)
+            if self._is_leader:
+                text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
+                self._run.event("checkpoint", message=text, **said)
             self.last_failure = ""
             self._free()
 

@@ -84,6 +84,15 @@ class Schedule(Options):
     """Share of the peak that is left at the last step."""
 
 
+class StopEarly(Options):
+    """When a run has learnt what it can."""
+
+    patience: Annotated[int, Field(gt=0, le=10**6)] = 5
+    """Evaluations in a row that may bring no better held-out loss."""
+    min_delta: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    """How much lower a loss must be to count as better."""
+
+
 class Train(Options):
     """The training loop."""
 
@@ -91,15 +100,19 @@ class Train(Options):
     """Optimizer steps in the whole run."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Start of every random number: weights, sample order, dropout."""
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward and backward pass, weights and optimizer state stay fp32; `auto` is bf16 where the
-    hardware computes in it."""
+    hardware computes in it; fp16 scales its losses so that small gradients survive."""
     clip_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = 1.0
     """Largest norm of all gradients together; `null` turns clipping off."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """Recompute activations in the backward pass to save memory: not at all, or per block."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """Recompute activations in the backward pass to save memory: not at all, in every second block, or in all."""
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Keep a moving average of the weights that remembers this share of itself each step, and evaluate with it."""
+    stop_early: StopEarly | None = None
+    """End before the last step when the held-out loss no longer falls."""
     log_every_steps: NumSteps = 10
     """Steps between two lines of metrics."""
 

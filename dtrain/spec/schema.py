@@ -49,7 +49,7 @@ def generated() -> dict[str, str]:
 class _Generator(GenerateJsonSchema):
     """Without titles that only repeat the key."""
 
-    def field_title_should_be_set(self, schema: Any) -> bool:  # noqa: ARG002
+    def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
     def model_schema(self, schema: Any) -> dict[str, Any]:

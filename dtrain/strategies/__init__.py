@@ -1,11 +1,12 @@
 """How parts are spread over workers. A strategy is one file here, found by its name, with three things in it:
 
 - `Options`: its settings (`dtrain.component.Options`);
-- `check(options, job, workers) -> None`: raises `InputError` for what it cannot do, at plan time;
-- `prepare(task, plan, device, make_optimizer) -> Prepared`: wraps the parts, and makes one engine a phase.
+- `check(options, job, workers, size) -> None`: raises `InputError` for what it cannot do, at plan time, naming the
+  alternative;
+- `prepare(task, plan, device, make_optimizer) -> Prepared`: spreads the parts, and makes one engine a phase.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -13,12 +14,18 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-MakeOptimizer = Callable[[Iterable[tuple[str, Any]]], Any]
-"""From (name, parameter) pairs to a torch optimizer with the plan's settings."""
+    from dtrain.checkpoint.pieces import Piece
+
+MakeOptimizer = Callable[[Iterable[tuple[str, Any, float]]], Any]
+"""From (name, parameter, share of the learning rate) to a torch optimizer with the plan's settings."""
 
 
 class Engine(Protocol):
     """One phase's update: what happens between a loss and new weights."""
+
+    parts: "Mapping[str, nn.Module]"
+    """All parts of the task as this phase's loss is computed with them: those it does not train keep their weights
+    and gradients."""
 
     def begin(self, is_last: bool) -> None:
         """Called before the forward pass of a micro batch; gradients are exchanged after the last one only."""
@@ -30,17 +37,22 @@ class Engine(Protocol):
         """Clip, update the weights, clear the gradients; returns the gradient norm before clipping, on the device."""
 
 
+def nothing() -> None:
+    """What most strategies do when their state was changed."""
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A task made ready for its workers."""
 
-    parts: "Mapping[str, nn.Module]"
-    """What losses are computed with."""
     evaluation_parts: "Mapping[str, nn.Module]"
-    """The same weights for evaluation, where workers need not keep in step."""
+    """The same weights for evaluation."""
     engines: Mapping[str, Engine]
     """One a phase."""
-    state: "dict[str, torch.Tensor]"
-    """Everything that must survive, as live tensors under names that do not depend on the number of workers."""
+    state: "Sequence[Piece]"
+    """Everything that must survive, as live tensors under names that depend neither on the strategy nor on the number
+    of workers: `model.<part>.<name>`, `optimizer.<phase>.<part>.<name>.<key>`."""
     is_replicated: bool
     """Whether every worker holds the whole state: then any one survivor can restore all others."""
+    refresh: Callable[[], None] = nothing
+    """Called after the tensors of `state` were changed in place from outside (restored, averaged)."""

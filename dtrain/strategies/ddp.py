@@ -9,7 +9,7 @@ from dtrain import component
 if TYPE_CHECKING:
     import torch
 
-    from dtrain.models import Task
+    from dtrain.models import ModelSize, Task
     from dtrain.plan import Plan, Workers
     from dtrain.spec.job import JobSpec
     from dtrain.strategies import MakeOptimizer, Prepared
@@ -24,7 +24,7 @@ class Options(component.Options):
     """Promise that every step uses the same parameters, which saves bookkeeping."""
 
 
-def check(options: Options, job: "JobSpec", workers: "Workers") -> None:
+def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize") -> None:
     """DDP does everything a job can ask for."""
 
 
@@ -48,12 +48,14 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
                 bucket_cap_mb=options.bucket_mib,
                 gradient_as_bucket_view=True,
                 static_graph=options.static_graph,
+                broadcast_buffers=False,  # batch statistics are synchronised where they are made
             )
             for name, part in bare.items()
         }
-    engines = {phase.name: OptimizerEngine(phase, bare, wrapped, plan, make_optimizer) for phase in task.phases}
+    engines: dict[str, OptimizerEngine] = {
+        phase.name: OptimizerEngine(task, phase, bare, wrapped, plan, make_optimizer) for phase in task.phases
+    }
     return Prepared(
-        parts=wrapped,
         evaluation_parts=bare,
         engines=engines,
         state=training_state(bare, {name: engine.optimizer for name, engine in engines.items()}),

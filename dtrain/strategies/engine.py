@@ -1,14 +1,17 @@
 """What strategies share: the plain update, restructuring of a model before it is wrapped, and the state to keep."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from dtrain.checkpoint.pieces import Piece, whole
+from dtrain.errors import TrainingError
 from dtrain.models import Phase, Task
+from dtrain.models.networks.batch_norm import synchronise
 from dtrain.plan import Plan
 from dtrain.strategies import MakeOptimizer
 
@@ -18,72 +21,106 @@ class OptimizerEngine:
 
     def __init__(
         self,
+        task: Task,
         phase: Phase,
         bare: Mapping[str, nn.Module],
         wrapped: Mapping[str, nn.Module],
         plan: Plan,
         make_optimizer: MakeOptimizer,
     ) -> None:
-        named = [(f"{name}.{key}", p) for name in phase.parts for key, p in bare[name].named_parameters()]
-        self.optimizer = make_optimizer(named)
-        self._parameters = [p for _, p in named if p.requires_grad]
-        self._synchronised = [
-            wrapped[name] for name in phase.parts if isinstance(wrapped[name], DistributedDataParallel)
-        ]
+        self.parts: Mapping[str, nn.Module] = {name: (wrapped if name in phase.parts else bare)[name] for name in bare}
+        trained = dict(trained_parameters(task, phase))
+        self.optimizer = make_optimizer((n, p, task.learning_rate_share(phase, n)) for n, p in trained.items())
+        self._phase, self._names, self._parameters = phase.name, list(trained), list(trained.values())
+        self._is_checked = False
+        others = [p for name in bare if name not in phase.parts for p in bare[name].parameters()]
+        self._others = [p for p in others if p.requires_grad]
+        self._synchronised = [m for m in self.parts.values() if isinstance(m, DistributedDataParallel)]
         self._max_norm = plan.train.clip_grad_norm or float("inf")
         self._groups = self.optimizer.param_groups
 
     def begin(self, is_last: bool) -> None:
         for module in self._synchronised:
             module.require_backward_grad_sync = is_last
+        for parameter in self._others:
+            parameter.requires_grad_(False)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
+        for parameter in self._others:
+            parameter.requires_grad_(True)
 
     def step(self, learning_rate: float) -> torch.Tensor:
+        if not self._is_checked:
+            self._is_checked = check_gradients(self._phase, self._names, self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        for group in self._groups:
-            group["lr"] = learning_rate
+        set_learning_rate(self._groups, learning_rate)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
 
+def trained_parameters(task: Task, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
+    """What `phase` trains, as (`<part>.<name>`, parameter); tied ones once, frozen ones not at all."""
+    for name in phase.parts:
+        for key, parameter in task.parts[name].named_parameters():
+            if parameter.requires_grad:
+                yield f"{name}.{key}", parameter
+
+
+def check_gradients(phase: str, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether every parameter has a gradient: True. Raises `TrainingError` with the names of those that have none."""
+    unused = [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None]
+    if unused:
+        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        raise TrainingError(
+            f"the loss of phase {phase!r} does not depend on {shown}; use them, freeze them (requires_grad=False), or"
+            " leave them out of the phase's parts"
+        )
+    return True
+
+
+def set_learning_rate(groups: list[dict[str, object]], learning_rate: float) -> None:
+    """Give each group of an optimizer its share of the rate."""
+    for group in groups:
+        group["lr"] = learning_rate * group["lr_share"]  # type: ignore[operator]
+
+
 def restructure(task: Task, plan: Plan) -> None:
-    """Activation checkpointing and compilation, block by block, before any wrapper sees the model."""
-    for unit in task.compile_units():
-        if plan.train.activation_checkpointing == "full":
-            unit.forward = functools.partial(checkpoint, unit.forward, use_reentrant=False)  # type: ignore[method-assign]
+    """Batch norm over all workers, activation checkpointing and compilation, before any wrapper sees the model."""
+    if plan.workers.total > 1:
+        for part in task.parts.values():
+            synchronise(part)
+    recomputed = {"none": 0, "selective": 2, "full": 1}[plan.train.activation_checkpointing]
+    for number, block in enumerate(task.blocks()):
+        if recomputed and number % recomputed == 0:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if plan.train.compile:
-            unit.compile()
+            block.compile()
 
 
-def training_state(
-    parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]
-) -> dict[str, torch.Tensor]:
+def training_state(parts: Mapping[str, nn.Module], optimizers: Mapping[str, torch.optim.Optimizer]) -> list[Piece]:
     """Live tensors of parts and optimizers under stable names: `model.<part>.<name>`, `optimizer.<phase>.<name>.<key>`.
 
     Tied tensors appear once. Learning rates and random numbers are functions of the step and need no keeping.
     """
-    state: dict[str, torch.Tensor] = {}
+    state: list[Piece] = []
     names: dict[int, str] = {}
-    seen: set[int] = set()
     for part, module in parts.items():
         for key, tensor in module.state_dict(keep_vars=True).items():
-            names.setdefault(id(tensor), f"{part}.{key}")
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                state[f"model.{part}.{key}"] = tensor
+            if id(tensor) not in names:
+                names[id(tensor)] = f"{part}.{key}"
+                state.append(whole(f"model.{part}.{key}", tensor))
     for phase, optimizer in optimizers.items():
-        _initialise(optimizer)
+        initialise(optimizer)
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 if isinstance(value, torch.Tensor):
-                    state[f"optimizer.{phase}.{names[id(parameter)]}.{key}"] = value
+                    state.append(whole(f"optimizer.{phase}.{names[id(parameter)]}.{key}", value))
     return state
 
 
-def _initialise(optimizer: torch.optim.Optimizer) -> None:
+def initialise(optimizer: torch.optim.Optimizer) -> None:
     """Make the optimizer's state exist before the first step, so that a snapshot can be restored into it.
 
     A step with zero gradients and zero learning rate moves nothing; its traces are then set to zero.

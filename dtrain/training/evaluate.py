@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import nn
 
 from dtrain.data import Dataset
+from dtrain.data.order import draws
 from dtrain.models import Task
+from dtrain.training.feed import read
 
 
 def evaluate(
@@ -30,14 +32,16 @@ def evaluate(
         part.eval()
     totals: dict[str, torch.Tensor] = {}
     with torch.no_grad():
-        for number, indices in enumerate(
+        for number, (indices, counts) in enumerate(
             _batches(min(num_samples, held_out.num_samples), batch_size, worker, num_workers)
         ):
             beat(number)
-            for name, value in task.evaluate(parts, to_device(held_out.batch(indices))).items():
-                totals[name] = (
-                    totals.get(name, torch.zeros((), dtype=torch.float64, device=value.device)) + value.double()
-                )
+            samples = to_device(read(held_out, indices, draws(0, indices.astype(np.uint64))))
+            for name, value in task.evaluate(parts, samples).items():
+                # A zero of every name: workers that count nothing must know the names too.
+                before = totals.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+                if counts:
+                    before += value.double()
     for part in parts.values():
         part.train()
     if dist.is_initialized() and num_workers > 1:
@@ -45,18 +49,21 @@ def evaluate(
     return task.finish_evaluation({name: float(value) for name, value in totals.items()})
 
 
-def _batches(num_samples: int, batch_size: int, worker: int, num_workers: int) -> Iterator[np.ndarray]:
+def _batches(num_samples: int, batch_size: int, worker: int, num_workers: int) -> Iterator[tuple[np.ndarray, bool]]:
+    """(indices, whether they count): as many batches for every worker, since a sharded model computes together.
+
+    A worker that has run out of samples of its own reads the first one again, and does not count it.
+    """
+    most = -(-num_samples // num_workers)
     mine = np.arange(worker, num_samples, num_workers, dtype=np.int64)
-    for start in range(0, len(mine), batch_size):
-        yield mine[start : start + batch_size]
+    for start in range(0, most, batch_size):
+        share = mine[start : start + batch_size]
+        yield (share, True) if share.size else (np.zeros(1, dtype=np.int64), False)
 
 
 def _add_up(totals: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Sum over workers; one that had no sample knows no names, so the names are agreed on first."""
-    gathered: list[list[str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, sorted(totals))
-    names = sorted({name for part in gathered if part for name in part})
-    device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
-    values = torch.stack([totals.get(name, torch.zeros((), dtype=torch.float64)).to(device) for name in names])
+    """Sum over workers, which all know the same names."""
+    names = sorted(totals)
+    values = torch.stack([totals[name] for name in names])
     dist.all_reduce(values)
     return dict(zip(names, values, strict=True))

@@ -1,24 +1,30 @@
 """The one training loop. It knows a task's parts, phases and losses, and nothing else about what it trains."""
 
+import contextlib
 import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
 
 from dtrain.data import Source
-from dtrain.data.order import step_indices
+from dtrain.data.order import Order
 from dtrain.errors import TrainingError
 from dtrain.models import Task
 from dtrain.plan import Plan
 from dtrain.strategies import Prepared
+from dtrain.training.averaging import Average
 from dtrain.training.evaluate import evaluate
+from dtrain.training.feed import Feed, Mover
 from dtrain.training.metrics import StepMetrics
 from dtrain.training.optim import learning_rate
+from dtrain.training.patience import Patience
 from dtrain.training.seeds import sample_seed, seed_torch
+
+if TYPE_CHECKING:
+    import numpy as np
 
 STARTING, DATA, FORWARD, BACKWARD, UPDATE, SNAPSHOT, EVALUATE, END = range(8)
 """Places in a step; a watchdog names them to people."""
@@ -48,6 +54,12 @@ class Keeper(Protocol):
     def wants_checkpoint(self, step: int) -> bool:
         """Whether a checkpoint is written after `step`."""
 
+    def end_at(self, step: int) -> None:
+        """Training ends after `step`, earlier than planned."""
+
+    def show(self, step: int, pictures: "np.ndarray") -> None:
+        """Pictures that the model made at `step`: uint8 [count, height, width, channels] (worker 0 shows them)."""
+
     def report(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Metrics to record (worker 0 records)."""
 
@@ -61,55 +73,78 @@ class Place:
     device: torch.device
 
 
-def train(
-    plan: Plan, task: Task, prepared: Prepared, source: Source, place: Place, start: int, keeper: Keeper
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Training:
+    """All that a worker trains with."""
+
+    plan: Plan
+    task: Task
+    prepared: Prepared
+    source: Source
+    place: Place
+    average: Average | None = None
+    patience: Patience | None = None
+
+
+def train(training: Training, start: int, keeper: Keeper) -> dict[str, Any]:
     """Train from `start` steps done to the end, or until the keeper says leave.
 
     Returns the outcome: steps done, and at the end of the last step the metrics over all held-out data, the
-    yardsticks and a sample. Raises `DivergedError` when the loss is not a number.
+    yardsticks and a sample. Raises `DivergedError` when the loss is not a number, `TrainingError` for a task whose
+    loss or gradients cannot be trained with.
     """
-    batch, train, every = plan.batch, plan.train, plan.evaluate.every_steps or plan.train.steps
+    plan, task, prepared, place = training.plan, training.task, training.prepared, training.place
+    batch, options, every = plan.batch, plan.train, plan.evaluate.every_steps or plan.train.steps
     accumulation, scale = batch.accumulation, 1.0 / batch.accumulation
-    metrics = StepMetrics(place.device, batch.global_size, plan.arithmetic.tokens_per_step)
-    autocast = torch.autocast(place.device.type, torch.bfloat16, enabled=train.precision == "bf16")
-    to_device = _Mover(place.device)
-    measure = functools.partial(_measure, plan, task, prepared, source, place, to_device, autocast, keeper)
-    step, leave = start, False
-    if step == train.steps:
+    metrics = StepMetrics(
+        place.device, [phase.name for phase in task.phases], batch.global_size, plan.arithmetic.tokens_per_step
+    )
+    autocast = precision_of(plan, place.device)
+    order = Order(
+        seed=options.seed,
+        num_samples=training.source.train.num_samples,
+        global_size=batch.global_size,
+        micro=batch.micro,
+        accumulation=accumulation,
+        num_workers=place.num_workers,
+        worker=place.worker,
+    )
+    feed = Feed(training.source.train, order, place.device)
+    measure = functools.partial(_measure, training, autocast, keeper)
+    end = functools.partial(_end, training, keeper)
+    step, leave, is_new = start, False, True
+    if training.patience is not None and 0 < start < options.steps and start % every == 0:
+        # What ended the attempt before may have come between this evaluation and its being remembered.
+        _consider(training.patience, start, measure(start, plan.evaluate.samples))
+    last = end()
+    if step == last:
         keeper.end_step(step)  # an attempt that begins at the end has the last evaluation left to do
-    while step < train.steps and not leave:
+    while step < last and not leave:
         keeper.begin_step(step + 1)
-        rate = learning_rate(plan.schedule, plan.optimizer.lr, step, train.steps)  # type: ignore[union-attr]
-        indices = step_indices(
-            step,
-            seed=train.seed,
-            num_samples=source.train.num_samples,
-            global_size=batch.global_size,
-            micro=batch.micro,
-            accumulation=accumulation,
-            num_workers=place.num_workers,
-            worker=place.worker,
-        )
+        rate = learning_rate(plan.schedule, plan.optimizer.lr, step, options.steps)  # type: ignore[union-attr]
         for phase in task.phases:
             engine = prepared.engines[phase.name]
             for micro in range(accumulation):
                 keeper.beat(step, micro, DATA)
-                samples = to_device(source.train.batch(indices[micro]))
+                samples = feed.micro_batch(step, micro)
                 keeper.beat(step, micro, FORWARD)
-                seed_torch(sample_seed(train.seed, step, micro, place.worker))
+                seed_torch(sample_seed(options.seed, step, micro, place.worker))
                 engine.begin(micro + 1 == accumulation)
                 with autocast:
-                    loss = task.loss(phase.name, prepared.parts, samples)
+                    loss = task.loss(phase.name, engine.parts, samples)
+                if is_new:
+                    _check_loss(task, phase.name, loss)
                 keeper.beat(step, micro, BACKWARD)
                 engine.backward(loss * scale if accumulation > 1 else loss)
-                metrics.add(loss)
+                metrics.add(phase.name, loss)
             keeper.beat(step, accumulation, UPDATE)
             norm = engine.step(rate)
-        step += 1
+        step, is_new = step + 1, False
+        if training.average is not None:
+            training.average.update(step)
         metrics.end_step(norm)
         leave = keeper.end_step(step)
-        if step % train.log_every_steps == 0 or step == train.steps or leave or keeper.wants_checkpoint(step):
+        if step % options.log_every_steps == 0 or step == last or leave or keeper.wants_checkpoint(step):
             values = metrics.read()
             if not math.isfinite(values["loss"]):
                 raise DivergedError(
@@ -117,45 +152,74 @@ def train(
                     " raise schedule.warmup_steps, or look at the data"
                 )
             keeper.report(step, {"learning_rate": rate, **values})
-        if step == train.steps:
+        if step == last:
             break
         if step % every == 0:
             paused = metrics.pause()
-            keeper.commit(step, measure(step, plan.evaluate.samples))
+            held_out = measure(step, plan.evaluate.samples)
+            keeper.commit(step, held_out)
+            if training.patience is not None:
+                _consider(training.patience, step, held_out)
+                last = end()
             metrics.resume(paused)
         else:
             keeper.commit(step, None)
-    if step < train.steps:
+    if step < last:
         return {"steps": step}
-    held_out = measure(step, source.held_out.num_samples)
+    held_out = measure(step, training.source.held_out.num_samples)
     keeper.commit(step, held_out)
     keeper.beat(step, 0, END)
-    return {"steps": step, "metrics": held_out, **_showpiece(plan, task, source, place)}
+    return {"steps": step, "metrics": held_out, **_showpiece(training, step, keeper)}
+
+
+def precision_of(plan: Plan, device: torch.device) -> torch.autocast:
+    """In what format forward passes compute."""
+    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.precision)
+    return torch.autocast(device.type, low or torch.bfloat16, enabled=low is not None)
+
+
+def _consider(patience: Patience, step: int, held_out: Mapping[str, float]) -> None:
+    patience.consider(step, held_out["loss"])
+
+
+def _end(training: Training, keeper: Keeper) -> int:
+    """The step after which training ends, as far as is known."""
+    last = training.plan.train.steps
+    if training.patience is not None and training.patience.last_step < last:
+        last = int(training.patience.last_step)
+        keeper.end_at(last)
+    return last
+
+
+def _check_loss(task: Task, phase: str, loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        given = (
+            f"a tensor of shape {list(loss.shape)}{'' if loss.requires_grad else ' without a gradient'}"
+            if isinstance(loss, torch.Tensor)
+            else f"a {type(loss).__name__}"
+        )
+        raise TrainingError(
+            f"{type(task).__name__}.loss gave {given} in phase {phase!r}; it must give a scalar tensor with a gradient,"
+            " the mean over the micro batch"
+        )
 
 
 def _measure(
-    plan: Plan,
-    task: Task,
-    prepared: Prepared,
-    source: Source,
-    place: Place,
-    to_device: "_Mover",
-    autocast: torch.autocast,
-    keeper: Keeper,
-    step: int,
-    num_samples: int,
+    training: Training, autocast: torch.autocast, keeper: Keeper, step: int, num_samples: int
 ) -> dict[str, float]:
-    """Evaluate in the precision of training, and report it."""
-    with autocast:
+    """Evaluate in the precision of training, with the average of the weights where there is one, and report it."""
+    place = training.place
+    averaged = training.average.in_place() if training.average is not None else contextlib.nullcontext()
+    with averaged, autocast:
         held_out = evaluate(
-            task,
-            prepared.evaluation_parts,
-            source.held_out,
+            training.task,
+            training.prepared.evaluation_parts,
+            training.source.held_out,
             num_samples,
-            plan.batch.micro,
+            training.plan.batch.micro,
             place.worker,
             place.num_workers,
-            to_device,
+            Mover(place.device),
             functools.partial(_beat_evaluating, keeper, step),
         )
     keeper.report(step, {"held_out": held_out})
@@ -166,23 +230,15 @@ def _beat_evaluating(keeper: Keeper, step: int, number: int) -> None:
     keeper.beat(step, number, EVALUATE)
 
 
-def _showpiece(plan: Plan, task: Task, source: Source, place: Place) -> dict[str, Any]:
+def _showpiece(training: Training, step: int, keeper: Keeper) -> dict[str, Any]:
     """What a person wants to see at the end: yardsticks to hold the metrics against, and a sample."""
-    if place.worker != 0:
+    if training.prepared.is_replicated and training.place.worker != 0:
         return {}
     from dtrain.training.sample import showpiece
 
-    return {"yardsticks": source.yardsticks(), "sample": showpiece(task, source, plan.train.seed)}
-
-
-class _Mover:
-    """Arrays to tensors on the device; on GPUs through pinned memory, so that the copy overlaps with computing."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self._device.type == "cpu":
-            return tensors
-        return {name: t.pin_memory().to(self._device, non_blocking=True) for name, t in tensors.items()}
+    averaged = training.average.in_place() if training.average is not None else contextlib.nullcontext()
+    with averaged:
+        made = showpiece(training.task, training.source, training.plan.train.seed)
+    if made is not None and made.pictures is not None:
+        keeper.show(step, made.pictures)
+    return {"yardsticks": training.source.yardsticks(), "sample": (made.text or None) if made else None}

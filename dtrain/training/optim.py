@@ -15,24 +15,28 @@ FUSED_DEVICES = ("cpu", "cuda", "mps")
 
 
 def build_optimizer(
-    spec: AdamW | SGD, named_parameters: "Iterable[tuple[str, nn.Parameter]]"
+    spec: AdamW | SGD, parameters: "Iterable[tuple[str, nn.Parameter, float]]"
 ) -> "torch.optim.Optimizer":
-    """The optimizer `spec` asks for, over the trainable ones of `named_parameters`, fused where torch has it.
+    """The optimizer `spec` asks for, over (name, parameter, share of the learning rate), fused where torch has it.
 
-    Two groups: matrices (two dimensions and more) are decayed, vectors and scalars (biases, norms) are not.
+    Matrices (two dimensions and more) are decayed, vectors and scalars (biases, norms) are not. Each group carries
+    its `lr_share`.
     """
     import torch
 
-    parameters = [p for _, p in named_parameters if p.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for _, parameter, share in parameters:
+        decay = spec.weight_decay if parameter.ndim >= 2 else 0.0
+        groups.setdefault((decay, share), []).append(parameter)
+    every = [p for group in groups.values() for p in group]
+    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in every)
+    described = [
+        {"params": group, "weight_decay": decay, "lr": spec.lr * share, "lr_share": share}
+        for (decay, share), group in groups.items()
     ]
-    groups = [group for group in groups if group["params"]]
-    fused = all(p.device.type in FUSED_DEVICES and p.is_floating_point() for p in parameters)
     if isinstance(spec, AdamW):
-        return torch.optim.AdamW(groups, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
-    return torch.optim.SGD(groups, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, fused=fused)
+        return torch.optim.AdamW(described, lr=spec.lr, betas=spec.betas, eps=spec.eps, fused=fused)
+    return torch.optim.SGD(described, lr=spec.lr, momentum=spec.momentum, nesterov=spec.nesterov, fused=fused)
 
 
 def learning_rate(schedule: Schedule, optimizer_lr: float, step: int, total_steps: int) -> float:

@@ -4,28 +4,40 @@ from typing import TYPE_CHECKING, Any
 
 from dtrain import component
 from dtrain.errors import InputError, StorageError
+from dtrain.models import Request, Sample, Task
 
 if TYPE_CHECKING:
     from dtrain.runs import Run
 
-PROMPT, LENGTH, TEMPERATURE = "def ", 160, 0.7
+PROMPT = "def "
 
 
-def showpiece(task: Any, source: Any, seed: int) -> str | None:
+def showpiece(task: Task, source: Any, seed: int) -> Sample | None:
     """The sample at the end of a run; None for a task that has none to give."""
     try:
-        return str(task.sample(source, PROMPT, LENGTH, TEMPERATURE, seed))
+        return made(task, source, Request(prompt=PROMPT, seed=seed))
     except InputError:
         return None
 
 
-def generate(run: "Run", prompt: str, length: int, temperature: float, seed: int) -> str:
-    """A sample from the newest valid checkpoint of a run.
+def made(task: Task, source: Any, request: Request) -> Sample | None:
+    """What a task makes on request, its networks in evaluation mode. Raises `InputError` as the task does."""
+    for part in task.parts.values():
+        part.eval()
+    sample = task.sample(source, request)
+    for part in task.parts.values():
+        part.train()
+    return sample
+
+
+def generate(run: "Run", request: Request) -> Sample:
+    """A sample from the newest valid checkpoint of a run, made by its averaged weights where it keeps them.
 
     Raises `StorageError` when the run has no valid checkpoint, `InputError` when its model cannot make samples.
     """
     from dtrain.checkpoint import store
     from dtrain.data.cache import folder as cache_folder
+    from dtrain.training.averaging import PREFIX as AVERAGE
 
     plan = run.plan
     problems: list[str] = []
@@ -36,15 +48,17 @@ def generate(run: "Run", prompt: str, length: int, temperature: float, seed: int
     data, model = component.load("data", plan.data.name), component.load("models", plan.model.name)  # type: ignore[attr-defined]
     source = data.open(plan.data, cache_folder())
     task = model.build(plan.model, data.describe(plan.data), plan.train)
+    prefix = AVERAGE if plan.train.ema else ""
     state = {
-        f"model.{part}.{key}": tensor
+        f"{prefix if tensor.is_floating_point() else ''}model.{part}.{key}": tensor
         for part, module in task.parts.items()
         for key, tensor in _once(module.state_dict(keep_vars=True)).items()
     }
     store.read_into(found[0], state)
-    for module in task.parts.values():
-        module.eval()
-    return str(task.sample(source, prompt, length, temperature, seed))
+    sample = made(task, source, request)
+    if sample is None:
+        raise InputError(f"model {plan.model.name} has nothing to show; `dtrain metrics {run.id}` shows its figures")
+    return sample
 
 
 def _once(state: dict[str, Any]) -> dict[str, Any]:

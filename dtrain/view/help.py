@@ -51,7 +51,7 @@ class Sections(click.Group):
 
         return add
 
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(name) for names in self.sections.values() for name in names)
         for title, names in self.sections.items():
             with formatter.section(title):

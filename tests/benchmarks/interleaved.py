@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import component
 from dtrain.data import cache
-from dtrain.data.order import step_indices
+from dtrain.data.order import Order
 from dtrain.runtime.rank import Keeper
 
 
@@ -40,24 +40,21 @@ class HandWritten:
         batch = plan.batch
         assert batch.accumulation == 1
         # All that could be known beforehand is known: the order costs this loop nothing.
-        self._order = [
-            step_indices(
-                step,
-                seed=plan.train.seed,
-                num_samples=self._data.num_samples,
-                global_size=batch.global_size,
-                micro=batch.micro,
-                accumulation=1,
-                num_workers=num_workers,
-                worker=worker,
-            )[0]
-            for step in range(plan.train.steps)
-        ]
+        order = Order(
+            seed=plan.train.seed,
+            num_samples=self._data.num_samples,
+            global_size=batch.global_size,
+            micro=batch.micro,
+            accumulation=1,
+            num_workers=num_workers,
+            worker=worker,
+        )
+        self._order = [order.micro_batch(step, 0) for step in range(plan.train.steps)]
         self._done = 0
 
     def run(self, num_steps: int) -> None:
         for _ in range(num_steps):
-            arrays = self._data.batch(self._order[self._done])
+            arrays = self._data.batch(*self._order[self._done])
             inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])
             loss = self.model(inputs, targets) / targets.numel()
             loss.backward()

@@ -449,6 +449,7 @@ def test_a_reader_that_leaves_is_no_error():
 
 
 def test_sample_prints_what_the_model_writes_and_nothing_that_moves_the_cursor(dtrain, monkeypatch):
+    from dtrain.models import Request, Sample
     from dtrain.training import sample
 
     run = a_run("runs", state="succeeded", exit_code=0)
@@ -456,14 +457,14 @@ def test_sample_prints_what_the_model_writes_and_nothing_that_moves_the_cursor(d
 
     def generate(*arguments: Any) -> str:
         asked.append(arguments)
-        return "def f():\n\x1b[2J\n"
+        return Sample("def f():\n\x1b[2J\n")
 
     monkeypatch.setattr(sample, "generate", generate)
     code, out, _ = dtrain("sample", "--prompt", "def ", "--length", "5", "--temperature", "0", "--seed", "9")
     assert (code, out) == (0, "def f():\n\\x1b[2J\n\n")
     ((sampled, *rest),) = asked
     assert sampled.id == run.id
-    assert rest == ["def ", 5, 0.0, 9]
+    assert rest == [Request(prompt="def ", length=5, temperature=0.0, seed=9)]
 
 
 # -- cluster and completion -------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dtrain.data.order import MAX_SAMPLES, permute, sample_indices, step_indices
+from dtrain.data.order import MAX_SAMPLES, Order, draws, permute, sample_indices
 
 
 @given(seed=st.integers(0, 2**63 - 1), epoch=st.integers(0, 2**40), num_samples=st.integers(1, 5000))
@@ -40,8 +40,7 @@ def test_a_step_holds_the_same_samples_for_any_number_of_workers(step: int) -> N
     def samples(num_workers: int, micro: int) -> list[int]:
         found: list[int] = []
         for worker in range(num_workers):
-            arrays = step_indices(
-                step,
+            order = Order(
                 seed=5,
                 num_samples=101,
                 global_size=24,
@@ -50,6 +49,7 @@ def test_a_step_holds_the_same_samples_for_any_number_of_workers(step: int) -> N
                 num_workers=num_workers,
                 worker=worker,
             )
+            arrays = [order.micro_batch(step, number)[0] for number in range(order.accumulation)]
             assert [a.shape for a in arrays] == [(micro,)] * (24 // (num_workers * micro))
             found += [int(i) for a in arrays for i in a]
         return found
@@ -69,7 +69,7 @@ def test_steps_follow_each_other_through_epochs_without_a_gap() -> None:
         "num_workers": 1,
         "worker": 0,
     }
-    stream = np.concatenate([step_indices(step, **words)[0] for step in range(15)])
+    stream = np.concatenate([Order(**words).micro_batch(step, 0)[0] for step in range(15)])
     for epoch in range(4):
         assert sorted(stream[epoch * 30 : (epoch + 1) * 30].tolist()) == list(range(30))
 
@@ -89,6 +89,21 @@ def test_seeking_far_costs_no_more_than_seeking_near() -> None:
 
 def test_sizes_that_do_not_multiply_are_refused() -> None:
     with pytest.raises(ValueError, match="batch of 8"):
-        step_indices(0, seed=0, num_samples=10, global_size=8, micro=3, accumulation=1, num_workers=2, worker=0)
+        Order(seed=0, num_samples=10, global_size=8, micro=3, accumulation=1, num_workers=2, worker=0)
     with pytest.raises(ValueError, match="num_samples"):
         permute(0, np.zeros(1), np.zeros(1), MAX_SAMPLES + 1)
+
+
+def test_a_micro_batch_of_all_workers_is_that_of_one() -> None:
+    """Batch statistics and draws then do not depend on how many workers there are."""
+    one = Order(seed=3, num_samples=50, global_size=16, micro=8, accumulation=2, num_workers=1, worker=0)
+    for number in range(2):
+        parts = [Order(3, 50, 16, 2, 2, 4, worker).micro_batch(7, number) for worker in range(4)]
+        for kind in (0, 1):
+            assert np.array_equal(np.concatenate([p[kind] for p in parts]), one.micro_batch(7, number)[kind])
+
+
+def test_draws_differ_by_seed_and_number() -> None:
+    numbers = np.arange(10_000, dtype=np.uint64)
+    assert len(set(draws(0, numbers)) | set(draws(1, numbers))) == 20_000
+    assert 0.49 < float((draws(0, numbers) >> np.uint64(63)).mean()) < 0.51

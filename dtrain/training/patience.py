@@ -1,0 +1,34 @@
+"""When to stop early. What it remembers is part of the training state: a resumed run decides as it would have."""
+
+import torch
+
+from dtrain.checkpoint.pieces import Piece, whole
+from dtrain.spec.job import StopEarly
+
+BEST, WORSE, SEEN = range(3)
+
+
+class Patience:
+    """Counts evaluations that brought no better held-out loss."""
+
+    def __init__(self, settings: StopEarly) -> None:
+        self._settings = settings
+        self._memory = torch.tensor([float("inf"), 0.0, -1.0], dtype=torch.float64)
+        self.state: list[Piece] = [whole("loop.patience", self._memory)]
+
+    def consider(self, step: int, loss: float) -> None:
+        """Count the held-out loss at `step`, once; all workers are given the same figure."""
+        if int(self._memory[SEEN]) >= step:
+            return
+        self._memory[SEEN] = step
+        if loss < float(self._memory[BEST]) - self._settings.min_delta:
+            self._memory[BEST], self._memory[WORSE] = loss, 0
+        else:
+            self._memory[WORSE] += 1
+
+    @property
+    def last_step(self) -> float:
+        """The step after which training ends: infinity while there is hope."""
+        if int(self._memory[WORSE]) < self._settings.patience:
+            return float("inf")
+        return int(self._memory[SEEN]) + 1  # one more, so that a checkpoint of the end is written as any other
