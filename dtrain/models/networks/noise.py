@@ -5,7 +5,7 @@ import math
 import torch
 
 MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
-"""Of splitmix64's finalizer (Steele, Lea and Flood, 2014), as signed numbers: 0xBF58476D1CE4E5B9, 0x94D049BB133111EB."""
+"""Of splitmix64 (Steele, Lea and Flood, 2014), as signed numbers: 0xBF58476D1CE4E5B9, 0x94D049BB133111EB."""
 INCREMENT = -7046029254386353131
 """2**64 over the golden ratio, as a signed number: 0x9E3779B97F4A7C15."""
 
@@ -14,7 +14,8 @@ def uniform(draws: torch.Tensor, *shape: int, stream: int = 0) -> torch.Tensor:
     """Numbers in [0, 1), fp32 [b, *shape], for `draws` (int64 [b]); another `stream` gives others."""
     count = math.prod(shape)
     counter = torch.arange(1, count + 1, device=draws.device) * INCREMENT
-    mixed = _mix(_mix(draws + stream * INCREMENT)[:, None] + counter)
+    offset = (stream * INCREMENT + 2**63) % 2**64 - 2**63  # as int64 wraps around
+    mixed = _mix(_mix(draws + offset)[:, None] + counter)
     return (_shift(mixed, 40).to(torch.float32) * 2.0**-24).view(draws.shape[0], *shape)
 
 
