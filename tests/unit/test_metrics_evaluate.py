@@ -36,10 +36,10 @@ def clock(monkeypatch):
 
 
 def test_a_reading_is_the_mean_over_all_micro_batches_since_the_last(clock):
-    metrics = StepMetrics(CPU, samples_per_step=8, tokens_per_step=32)
+    metrics = StepMetrics(CPU, ["train"], samples_per_step=8, tokens_per_step=32)
     for losses, norm in [((1.0, 3.0), 5.0), ((5.0, 7.0), 6.0)]:
         for loss in losses:
-            metrics.add(torch.tensor(loss, requires_grad=True))
+            metrics.add("train", torch.tensor(loss, requires_grad=True))
         metrics.end_step(torch.tensor(norm))
     clock.now += 4.0
     assert metrics.read() == {
@@ -49,15 +49,15 @@ def test_a_reading_is_the_mean_over_all_micro_batches_since_the_last(clock):
         "samples_per_s": 4.0,
         "tokens_per_s": 16.0,
     }
-    metrics.add(torch.tensor(10.0))
+    metrics.add("train", torch.tensor(10.0))
     metrics.end_step(torch.tensor(1.0))
     clock.now += 1.0
     assert metrics.read()["loss"] == 10.0
 
 
 def test_time_that_is_not_training_does_not_count(clock):
-    metrics = StepMetrics(CPU, 1, 0)
-    metrics.add(torch.tensor(1.0))
+    metrics = StepMetrics(CPU, ["train"], 1, 0)
+    metrics.add("train", torch.tensor(1.0))
     metrics.end_step(torch.tensor(1.0))
     clock.now += 1.0
     paused = metrics.pause()
@@ -69,30 +69,40 @@ def test_time_that_is_not_training_does_not_count(clock):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_one_loss_that_is_no_number_shows_in_the_mean(bad, clock):
-    metrics = StepMetrics(CPU, 1, 0)
+    metrics = StepMetrics(CPU, ["train"], 1, 0)
     for loss in (1.0, bad, 1.0):
-        metrics.add(torch.tensor(loss))
+        metrics.add("train", torch.tensor(loss))
     assert not np.isfinite(metrics.read()["loss"])
-    metrics.add(torch.tensor(2.0))
+    metrics.add("train", torch.tensor(2.0))
     assert metrics.read()["loss"] == 2.0
 
 
 def test_reading_when_nothing_was_measured(clock):
-    found = StepMetrics(CPU, 1, 1).read()
+    found = StepMetrics(CPU, ["train"], 1, 1).read()
     assert (found["loss"], found["grad_norm"], found["steps_per_s"]) == (0.0, 0.0, 0.0)
 
 
 def test_a_loss_in_another_precision_is_added_in_fp32(clock):
-    metrics = StepMetrics(CPU, 1, 0)
+    metrics = StepMetrics(CPU, ["train"], 1, 0)
     for _ in range(1000):
-        metrics.add(torch.tensor(1.0, dtype=torch.bfloat16))
+        metrics.add("train", torch.tensor(1.0, dtype=torch.bfloat16))
     assert metrics.read()["loss"] == 1.0
 
 
+def test_several_phases_are_told_apart_and_added_up(clock):
+    metrics = StepMetrics(CPU, ["a", "b"], 1, 0)
+    for loss in (1.0, 3.0):
+        metrics.add("a", torch.tensor(loss))
+    metrics.add("b", torch.tensor(5.0))
+    found = metrics.read()
+    assert (found["loss"], found["loss_a"], found["loss_b"]) == (7.0, 2.0, 5.0)
+    assert metrics.read()["loss_a"] == 0.0
+
+
 def test_adding_does_not_hold_on_to_the_graph(clock):
-    metrics = StepMetrics(CPU, 1, 0)
-    metrics.add(torch.ones((), requires_grad=True) * 2)
-    assert metrics._loss.grad_fn is None
+    metrics = StepMetrics(CPU, ["train"], 1, 0)
+    metrics.add("train", torch.ones((), requires_grad=True) * 2)
+    assert metrics._losses["train"].grad_fn is None
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------
@@ -104,32 +114,35 @@ class Numbers:
     def __init__(self, num_samples):
         self.num_samples = num_samples
 
-    def batch(self, indices):
-        return {"n": indices}
+    def batch(self, indices, draws):
+        return {"n": indices, "drawn": draws.view(np.int64)}
 
 
 class Task:
     def __init__(self):
-        self.seen = []
+        self.seen, self.drawn = [], {}
 
     def evaluate(self, parts, batch):
         assert not torch.is_grad_enabled()
         assert not any(part.training for part in parts.values())
+        assert torch.equal(batch["draws"], batch["drawn"])
         self.seen.append(batch["n"].tolist())
+        self.drawn |= dict(zip(batch["n"].tolist(), batch["draws"].tolist(), strict=True))
         return {"sum": batch["n"].sum(), "count": torch.tensor(len(batch["n"]), dtype=torch.int32)}
 
     def finish_evaluation(self, sums):
         return {"loss": sums["sum"] / max(1.0, sums["count"]), **sums}
 
 
-def run(num_samples, limit, batch_size, worker=0, num_workers=1):
-    task, beats, parts = Task(), [], {"main": nn.Dropout()}
+def run(num_samples, limit, batch_size, worker=0, num_workers=1, task=None):
+    task, beats, parts = task or Task(), [], {"main": nn.Dropout()}
+    num_before = len(task.seen)
     found = evaluate(
         task, parts, Numbers(num_samples), limit, batch_size, worker, num_workers,
         lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}, beats.append,
     )  # fmt: skip
     assert all(part.training for part in parts.values())
-    assert beats == list(range(len(task.seen)))
+    assert beats == list(range(len(task.seen) - num_before))
     return task.seen, found
 
 
@@ -143,9 +156,17 @@ def test_only_as_many_samples_as_asked():
     assert [n for batch in run(1000, 7, 3)[0] for n in batch] == list(range(7))
 
 
+def test_draws_belong_to_a_sample_whatever_the_batch_and_the_worker():
+    one, many = Task(), Task()
+    run(9, 9, 9, task=one)
+    for worker in range(2):
+        run(9, 9, 2, worker, 2, task=many)
+    assert one.drawn == many.drawn and len(set(one.drawn.values())) == 9
+
+
 def test_sums_are_exact_beyond_fp32():
     task, big = Task(), Numbers(3)
-    big.batch = lambda indices: {"n": indices + 2**24}
+    big.batch = lambda indices, draws: {"n": indices + 2**24, "drawn": draws.view(np.int64)}
     found = evaluate(
         task, {}, big, 3, 1, 0, 1, lambda a: {k: torch.from_numpy(v) for k, v in a.items()}, lambda _: None
     )
@@ -161,12 +182,13 @@ def test_sums_are_exact_beyond_fp32():
 )
 def test_every_sample_is_seen_by_exactly_one_worker(num_samples, limit, batch_size, num_workers):
     batches = [
-        b.tolist()
-        for worker in range(num_workers)
-        for b in module._batches(min(num_samples, limit), batch_size, worker, num_workers)
+        list(module._batches(min(num_samples, limit), batch_size, worker, num_workers)) for worker in range(num_workers)
     ]
-    assert all(0 < len(batch) <= batch_size for batch in batches)
-    assert sorted(n for batch in batches for n in batch) == list(range(min(num_samples, limit)))
+    assert len({len(own) for own in batches}) == 1  # as many for each, since sharded models compute together
+    every = [batch for own in batches for batch in own]
+    assert all(0 < len(indices) <= batch_size for indices, _ in every)
+    counted = [int(n) for indices, counts in every if counts for n in indices]
+    assert sorted(counted) == list(range(min(num_samples, limit)))
 
 
 TOGETHER = """
@@ -183,8 +205,8 @@ TOGETHER = """
     dist.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
     move = lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}
     found = [evaluate(Task(), {}, Numbers(n), n, 2, worker, num_workers, move, lambda _: None) for n in (10, 3, 2, 1)]
-    metrics = StepMetrics(torch.device("cpu"), 1, 0)
-    metrics.add(torch.tensor(float(worker)))
+    metrics = StepMetrics(torch.device("cpu"), ["train"], 1, 0)
+    metrics.add("train", torch.tensor(float(worker)))
     metrics.end_step(torch.tensor(4.0))
     said = [found, metrics.read()["loss"]]
     gathered = [None] * num_workers

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from dtrain.models import Task
 from dtrain.spec.job import SGD, AdamW, Schedule
+from dtrain.strategies.engine import trained_parameters
 from dtrain.training.optim import build_optimizer, learning_rate
 from dtrain.training.seeds import sample_seed, seed_everything, seed_torch
 
@@ -61,6 +63,11 @@ def test_a_rate_stays_within_bounds_and_falls_after_warmup(
     assert all(a >= b - 1e-12 for a, b in itertools.pairwise(after))
 
 
+def named(network: nn.Module) -> list[tuple[str, nn.Parameter, float]]:
+    task = Task({"model": network})
+    return [(name, parameter, 1.0) for name, parameter in trained_parameters(task, task.phases[0])]
+
+
 def module() -> nn.Module:
     network = nn.Sequential(nn.Embedding(7, 4), nn.LayerNorm(4), nn.Linear(4, 3), nn.Linear(3, 2))
     network[3].weight.requires_grad_(False)
@@ -72,7 +79,7 @@ def module() -> nn.Module:
 )
 def test_only_matrices_decay(spec: AdamW | SGD) -> None:
     network = module()
-    optimizer = build_optimizer(spec, network.named_parameters())
+    optimizer = build_optimizer(spec, named(network))
     decayed, plain = optimizer.param_groups
     assert decayed["weight_decay"] == 0.3 and plain["weight_decay"] == 0.0
     assert {id(p) for p in decayed["params"]} == {id(network[0].weight), id(network[2].weight)}
@@ -82,13 +89,23 @@ def test_only_matrices_decay(spec: AdamW | SGD) -> None:
     assert all(group["fused"] for group in optimizer.param_groups)
 
 
+def test_a_share_of_the_learning_rate_makes_a_group_of_its_own() -> None:
+    network = module()
+    shared = [(name, parameter, 0.5 if name.startswith("model.0.") else 1.0) for name, parameter, _ in named(network)]
+    optimizer = build_optimizer(AdamW(name="adamw", lr=0.1, weight_decay=0.3), shared)
+    found = {(group["lr"], group["lr_share"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert found == {(0.05, 0.5, 0.3), (0.1, 1.0, 0.3), (0.1, 1.0, 0.0)}
+    (slow,) = [group for group in optimizer.param_groups if group["lr_share"] == 0.5]
+    assert [id(p) for p in slow["params"]] == [id(network[0].weight)]
+
+
 def test_fused_adamw_is_adamw() -> None:
     def trained(fused: bool) -> torch.Tensor:
         torch.manual_seed(0)
         network = nn.Linear(5, 3)
         spec = AdamW(name="adamw", lr=0.01)
         optimizer = (
-            build_optimizer(spec, network.named_parameters())
+            build_optimizer(spec, named(network))
             if fused
             else torch.optim.AdamW(
                 [{"params": [network.weight]}, {"params": [network.bias], "weight_decay": 0.0}],

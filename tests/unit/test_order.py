@@ -38,9 +38,8 @@ def test_an_order_is_shuffled_evenly() -> None:
 @pytest.mark.parametrize("step", [0, 3, 1_000_003])
 def test_a_step_holds_the_same_samples_for_any_number_of_workers(step: int) -> None:
     def samples(num_workers: int, micro: int) -> list[int]:
-        found: list[int] = []
-        for worker in range(num_workers):
-            order = Order(
+        orders = [
+            Order(
                 seed=5,
                 num_samples=101,
                 global_size=24,
@@ -49,10 +48,11 @@ def test_a_step_holds_the_same_samples_for_any_number_of_workers(step: int) -> N
                 num_workers=num_workers,
                 worker=worker,
             )
-            arrays = [order.micro_batch(step, number)[0] for number in range(order.accumulation)]
-            assert [a.shape for a in arrays] == [(micro,)] * (24 // (num_workers * micro))
-            found += [int(i) for a in arrays for i in a]
-        return found
+            for worker in range(num_workers)
+        ]
+        arrays = [order.micro_batch(step, number)[0] for number in range(orders[0].accumulation) for order in orders]
+        assert [a.shape for a in arrays] == [(micro,)] * (24 // micro)
+        return [int(i) for a in arrays for i in a]
 
     one = samples(1, 24)
     for num_workers, micro in [(1, 2), (2, 12), (2, 3), (3, 4), (4, 6), (8, 1)]:

@@ -42,6 +42,11 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
+def read(windows: Windows | HeldOutWindows) -> dict[str, np.ndarray]:
+    """All samples in one batch."""
+    return windows.batch(np.arange(windows.num_samples), np.zeros(windows.num_samples, dtype=np.uint64))
+
+
 def options(source: Path | str, **words: object) -> Options:
     return Options(**{"source": str(source), "tokenizer": {"name": "bytes"}, "sequence_length": 32, **words})
 
@@ -190,7 +195,7 @@ def test_the_streams_are_the_files(folder: Path, cache: Path, words: dict[str, o
 def test_training_windows_cover_every_target_once() -> None:
     stream = np.arange(100, dtype=np.uint16)
     windows = Windows(stream, 9)
-    batch = windows.batch(np.arange(windows.num_samples))
+    batch = read(windows)
     assert batch["inputs"].shape == (11, 9) and batch["inputs"].dtype == np.int64
     assert batch["targets"].flatten().tolist() == list(range(1, 100))
     assert np.array_equal(batch["inputs"] + 1, batch["targets"])
@@ -202,7 +207,7 @@ def test_held_out_windows_predict_every_token_once(num_tokens: int, length: int,
     stream = np.arange(num_tokens, dtype=np.uint16)
     context = int(length * share)
     windows = HeldOutWindows(stream, length, context, np.full(num_tokens, num_bytes, dtype=np.uint16))
-    batch = windows.batch(np.arange(windows.num_samples))
+    batch = read(windows)
     counted = batch["targets"] >= 0
     assert sorted(batch["targets"][counted].tolist()) == list(range(1, num_tokens))
     assert np.array_equal(batch["inputs"][counted] + 1, batch["targets"][counted])
@@ -217,7 +222,7 @@ def test_held_out_windows_predict_every_token_once(num_tokens: int, length: int,
 def test_yardsticks_and_evaluation_are_over_the_same_bytes(folder: Path, cache: Path, words: dict[str, object]) -> None:
     source = text.open(options(folder, **words), cache)
     held_out = b"".join(text_of(source, "held_out"))
-    whole = source.held_out.batch(np.arange(source.held_out.num_samples))
+    whole = read(source.held_out)
     assert whole["target_bytes"].sum() == len(held_out) == source.held_out_bytes
     figures = source.yardsticks()["bits_per_byte"]
     assert figures["gzip -9"] == 8 * len(gzip.compress(held_out, 9, mtime=0)) / len(held_out)
@@ -284,7 +289,7 @@ def test_what_a_dead_process_left_half_made_is_swept_up(folder: Path, cache: Pat
 def _prepare_and_read(words: tuple[Options, Path]) -> tuple[str, int]:
     prepare(*words)
     source = text.open(*words)
-    return source.fingerprint, int(source.train.batch(np.arange(5))["inputs"].sum())
+    return source.fingerprint, int(read(source.train)["inputs"].sum())
 
 
 def test_processes_may_prepare_at_the_same_time(folder: Path, cache: Path) -> None:
