@@ -102,6 +102,19 @@ class Task:
         """The repeated blocks of the networks: what is compiled, recomputed and sharded one by one."""
         return []
 
+    def tensor_parallel(self) -> dict[str, str]:
+        """How modules are split over several devices that compute one sample together; empty for a task that is not.
+
+        From patterns (`fnmatch`) of module names, `<part>.<name>`, to how a module is split:
+
+        - `column`: a linear layer, by its outputs (rows of `weight`, and `bias`): each device computes some of them;
+        - `row`: a linear layer, by its inputs (columns of `weight`): what the devices computed is added up;
+        - `shared`: whole on every device, which applies it to its own slice: its gradient is the sum over devices.
+
+        All else is whole on every device and computes the same on each. A pattern may match nothing.
+        """
+        return {}
+
     def learning_rate_share(self, phase: Phase, name: str) -> float:
         """Share of the learning rate that the parameter `<part>.<name>` trains with in `phase`."""
         return 1.0

@@ -130,14 +130,17 @@ class LanguageModel(Task):
         """Mean nats a target of `batch`: inputs and targets, both [b, t]."""
         del phase
         targets = batch["targets"]
-        return parts["model"](batch["inputs"], targets) / (targets >= 0).sum()
+        return parts["model"](batch["inputs"], targets, batch.get("documents")) / (targets >= 0).sum()
 
     def evaluate(
         self, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]"
     ) -> "dict[str, torch.Tensor]":
         """Nats, targets and, where the data knows them, bytes of text of one held-out batch."""
         targets = batch["targets"]
-        sums = {"nats": parts["model"](batch["inputs"], targets), "targets": (targets >= 0).sum()}
+        sums = {
+            "nats": parts["model"](batch["inputs"], targets, batch.get("documents")),
+            "targets": (targets >= 0).sum(),
+        }
         if "target_bytes" in batch:
             sums["bytes"] = batch["target_bytes"].sum()
         return sums
@@ -152,7 +155,13 @@ class LanguageModel(Task):
 
     def blocks(self) -> "list[nn.Module]":
         """The blocks."""
-        return list(self._network.blocks)
+        return list(self._network.decoder.blocks)
+
+    def tensor_parallel(self) -> dict[str, str]:
+        """Heads and hidden numbers are split; see `dtrain/models/networks/stack.py`."""
+        from dtrain.models.networks.stack import TENSOR_PARALLEL
+
+        return TENSOR_PARALLEL
 
     def sample(self, source: Any, request: Request) -> Sample:
         """The prompt and the text of up to `length` tokens after it; ends early where the model ends its document."""

@@ -1,5 +1,7 @@
 """The transformer: its arithmetic, its start, its loss, and generation with and without a cache."""
 
+import fnmatch
+import itertools
 import math
 
 import pytest
@@ -11,7 +13,9 @@ from pydantic import ValidationError
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
-from dtrain.models.networks.transformer import IGNORED, Transformer, attend, choose, linear_cross_entropy, rotate
+from dtrain.models.networks.attention import KeyValues, attend, rotate
+from dtrain.models.networks.cross_entropy import IGNORED, _LinearCrossEntropy, linear_cross_entropy
+from dtrain.models.networks.transformer import Transformer, choose
 from dtrain.models.transformer import LanguageModel, Options, build, describe
 from dtrain.spec.job import Train
 
@@ -125,8 +129,6 @@ def test_the_loss_and_its_gradients_are_those_of_cross_entropy(words: dict[str, 
 
 @pytest.mark.parametrize("chunk", [1, 60, 10**9])
 def test_cross_entropy_does_not_depend_on_its_chunks(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    from dtrain.models.networks.transformer import _LinearCrossEntropy
-
     monkeypatch.setattr(_LinearCrossEntropy, "CPU_CHUNK", chunk)
     torch.manual_seed(0)
     hidden = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
@@ -177,16 +179,13 @@ def test_generation_is_the_same_with_a_cache(words: dict[str, object], temperatu
 
 
 def test_cached_logits_are_those_of_the_whole_text() -> None:
-    from dtrain.models.networks.transformer import KeyValues
-
     for words in VARIANTS:
         net = network(init_std=0.2, **words).double()
         tokens = torch.randint(0, 50, (1, 12))
-        caches = [KeyValues() for _ in net.blocks]
-        parts = [net._stream(tokens[:, :5], 0, caches)]
-        parts += [net._stream(tokens[:, i : i + 1], i, caches) for i in range(5, 12)]
-        logits = net._logits(net.final_norm(torch.cat(parts, dim=1)))
-        torch.testing.assert_close(logits, net(tokens), rtol=1e-12, atol=1e-12)
+        caches = [KeyValues() for _ in net.decoder.blocks]
+        parts = [net(tokens[:, :5], caches=caches)]
+        parts += [net(tokens[:, i : i + 1], caches=caches) for i in range(5, 12)]
+        torch.testing.assert_close(torch.cat(parts, dim=1), net(tokens)[:, 4:], rtol=1e-12, atol=1e-12)
 
 
 def test_generation_draws_from_its_seed_alone() -> None:
@@ -213,7 +212,7 @@ def test_dropout_acts_in_training_only() -> None:
     assert net.generate([1], 30, temperature=0.0) == net.generate([1], 30, temperature=0.0)
     net.eval()
     assert torch.equal(net(tokens), net(tokens))
-    attention = network(dropout=0.5).blocks[0].attention
+    attention = network(dropout=0.5).decoder.blocks[0].attention
     x = torch.randn(1, 12, 16)
     assert not torch.equal(attention(x, None, None), attention(x, None, None))
 
@@ -221,7 +220,7 @@ def test_dropout_acts_in_training_only() -> None:
 def test_rotation_turns_positions_into_distances() -> None:
     net = network(positions="rope")
     query, key = torch.randn(1, 1, 1, 8).double(), torch.randn(1, 1, 1, 8).double()
-    cos, sin = net.cos.double(), net.sin.double()
+    cos, sin = net.decoder.cos.double(), net.decoder.sin.double()
     turned = [rotate(x.expand(1, 1, 12, 8), cos, sin)[0, 0] for x in (query, key)]
     torch.testing.assert_close(turned[0].norm(dim=1), query.norm().expand(12), rtol=1e-6, atol=0)
     scores = turned[0] @ turned[1].t()
@@ -292,3 +291,60 @@ def test_plain_attention_in_bf16_is_torchs_attention() -> None:
         torch.autograd.grad(found, low, slope.bfloat16()), torch.autograd.grad(expected, words, slope), strict=True
     ):
         torch.testing.assert_close(a.float(), b, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("words", VARIANTS)
+def test_a_block_is_split_over_devices_as_the_task_says(words: dict[str, object]) -> None:
+    """Two slices of a block, each with half the heads and half the hidden numbers, add up to the whole."""
+    made = task(init_std=0.3, **words)
+    whole, slices = made.blocks()[0], [task(**words).blocks()[0] for _ in range(2)]
+    x = torch.randn(2, 12, 16)
+    rotation = None
+    if words.get("positions") == "rope":
+        decoder = made.parts["model"].decoder
+        rotation = decoder.cos, decoder.sin
+    split = made.tensor_parallel()
+    names = {name: f"model.decoder.blocks.0.{name}" for name, _ in whole.named_modules()}
+    for number, block in enumerate(slices):
+        for name, module in whole.named_modules():
+            how = [kind for pattern, kind in split.items() if fnmatch.fnmatchcase(names[name], pattern)]
+            assert len(how) == int(isinstance(module, torch.nn.Linear) or "query_norm" in name or "key_norm" in name)
+            for key, parameter in module.named_parameters(recurse=False):
+                value = parameter.detach()
+                if how == ["column"]:
+                    value = value.chunk(2)[number]
+                elif how == ["row"] and key == "weight":
+                    value = value.chunk(2, dim=1)[number]
+                elif how == ["row"]:
+                    value = value / 2
+                setattr(block.get_submodule(name), key, torch.nn.Parameter(value.clone()))
+    parts = [block.attention(x, rotation) for block in slices]
+    torch.testing.assert_close(parts[0] + parts[1], whole.attention(x, rotation), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(slices[0].mlp(x) + slices[1].mlp(x), whole.mlp(x), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("words", VARIANTS)
+def test_documents_in_one_window_are_as_if_each_were_alone(words: dict[str, object]) -> None:
+    net = network(init_std=0.3, **words).double()
+    tokens = torch.randint(0, 50, (2, 12))
+    documents = torch.tensor([[3] * 5 + [4] * 1 + [9] * 6, [0] * 2 + [7] * 10])
+    packed = net(tokens, documents=documents)
+    for row, pieces in enumerate([(0, 5, 6, 12), (0, 2, 12)]):
+        for start, stop in itertools.pairwise(pieces):
+            alone = net(tokens[row : row + 1, start:stop])
+            torch.testing.assert_close(packed[row : row + 1, start:stop], alone, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(packed, net(tokens))
+    one = net(tokens, documents=torch.zeros_like(tokens))
+    torch.testing.assert_close(one, net(tokens), rtol=1e-12, atol=1e-12)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = net.float()(tokens, documents=documents)
+    torch.testing.assert_close(low.double(), packed, rtol=0.1, atol=0.1)
+
+
+def test_packed_documents_reach_the_loss() -> None:
+    made = task(init_std=0.3)
+    tokens = torch.randint(0, 50, (2, 13))
+    batch = {"inputs": tokens[:, :-1], "targets": tokens[:, 1:]}
+    packed = {**batch, "documents": torch.tensor([[0] * 6 + [1] * 6] * 2)}
+    assert made.loss("train", made.parts, batch) != made.loss("train", made.parts, packed)
+    assert made.evaluate(made.parts, batch)["nats"] != made.evaluate(made.parts, packed)["nats"]
