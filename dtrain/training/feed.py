@@ -29,7 +29,7 @@ class Feed:
 
 def read(dataset: Dataset, indices: np.ndarray, draws: np.ndarray) -> dict[str, np.ndarray]:
     """A batch of `dataset` with the draws beside what it holds."""
-    return {**dataset.batch(indices, draws), "draws": draws.view(np.int64)}
+    return {**dataset.batch(indices, draws), "draws": draws.astype(np.int64)}
 
 
 class Mover:

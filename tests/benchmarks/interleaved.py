@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from dtrain import component
+from dtrain.checkpoint.pieces import Piece
 from dtrain.data import cache
 from dtrain.data.order import Order
 from dtrain.runtime.rank import Keeper
@@ -73,9 +74,9 @@ class StepKeeper(Keeper):
     """About how long a block is, rounded to whole intervals of metrics and snapshots."""
     WARM_STEPS = 20
 
-    def attach(self, snapshot: Any, state: Mapping[str, torch.Tensor], completed: int) -> None:
+    def attach(self, snapshot: Any, state: Sequence[Piece], completed: int) -> None:
         super().attach(snapshot, state, completed)
-        self._state = state
+        self._state = {piece.name: piece.tensor for piece in state}
         self._rival = HandWritten(self._plan, self._place.worker, self._place.num_workers)
         self._block = 0
         self._left = self.WARM_STEPS
@@ -131,9 +132,9 @@ class CheckpointKeeper(Keeper):
     BLOCK = 10
     TURNS = ("ours", "none", "theirs")
 
-    def attach(self, snapshot: Any, state: Mapping[str, torch.Tensor], completed: int) -> None:
+    def attach(self, snapshot: Any, state: Sequence[Piece], completed: int) -> None:
         super().attach(snapshot, state, completed)
-        self._state = {name: tensor.detach() for name, tensor in state.items()}
+        self._state = {piece.name: piece.tensor.detach() for piece in state}
         self._waits: dict[str, list[float]] = {"ours": [], "theirs": []}
         self._blocks: dict[str, list[float]] = {name: [] for name in self.TURNS}
         self._since = 0.0
