@@ -7,6 +7,7 @@ pieces of many ranks, and none of their groups: planners of our own tell DCP whi
 import contextlib
 import dataclasses
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Iterator, Sequence
@@ -44,8 +45,11 @@ INDEX = ".metadata"
 
 
 def save(path: Path, pieces: Sequence[Piece]) -> None:
-    """Write the primary ones of `pieces`, and an index of them, to the existing folder `path`."""
-    mine = [piece for piece in pieces if piece.is_primary]
+    """Write the primary ones of `pieces`, and an index of them, to the existing folder `path`.
+
+    A rectangle without numbers is left out, unless it is all there is: it may begin where another's does.
+    """
+    mine = [piece for piece in pieces if piece.is_primary and (piece.tensor.numel() or piece.is_whole)]
     # One thread: DCP loses what goes wrong in any other, and writes an index that lacks what was to be there.
     writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1)
     with _without_process_group():
@@ -55,7 +59,7 @@ def save(path: Path, pieces: Sequence[Piece]) -> None:
 def join(path: Path, parts: Sequence[Path]) -> None:
     """Move the files of `parts` into `path`, and make one index of all of theirs.
 
-    Raises `StorageError` when some numbers of a tensor are in none of them.
+    Raises `StorageError` when some numbers of a tensor are in none of them, or some in several.
     """
     index = _read_index(path)
     for number, part in enumerate(parts, start=1):
@@ -78,7 +82,10 @@ def join(path: Path, parts: Sequence[Path]) -> None:
         )
     _check_whole(index)
     if parts:
-        (path / INDEX).write_bytes(pickle.dumps(index))
+        with open(path / INDEX, "wb") as file:
+            pickle.dump(index, file)
+            file.flush()
+            os.fsync(file.fileno())
         for part in parts:
             for left in part.iterdir():
                 left.unlink()
@@ -120,17 +127,20 @@ class _LoadPieces(DefaultLoadPlanner):
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         super().__init__()
-        self._pieces = {_index(piece): piece for piece in pieces}
+        self._asked = pieces
+        self._pieces = {_index(piece): piece for piece in pieces if piece.tensor.numel()}
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None
         requests = []
-        for piece in self._pieces.values():
+        for piece in self._asked:
             found = self.metadata.state_dict_metadata.get(piece.name)
             if not isinstance(found, TensorStorageMetadata):
                 raise StorageError(f"it holds no {piece.name}: it was written by another model or optimizer")
             if tuple(found.size) != piece.whole:
                 raise StorageError(f"{piece.name} has shape {tuple(found.size)} in it, and {piece.whole} in the model")
+            if not piece.tensor.numel():
+                continue
             chunk = ChunkStorageMetadata(torch.Size(piece.at), piece.tensor.size())
             requests += create_read_items_for_chunk_list(piece.name, found, [chunk])
         return LoadPlan(requests)
@@ -161,7 +171,11 @@ def _read_index(path: Path) -> Metadata:
 def _check_whole(index: Metadata) -> None:
     for name, tensor in index.state_dict_metadata.items():
         if isinstance(tensor, TensorStorageMetadata):
-            held = sum(math.prod(chunk.sizes) for chunk in tensor.chunks)
+            # Each rectangle once: one written twice must not make up for another that nobody wrote.
+            sizes = {tuple(chunk.offsets): math.prod(chunk.sizes) for chunk in tensor.chunks}
+            if len(sizes) < len(tensor.chunks):
+                raise StorageError(f"{name}: a rectangle of it was written by two workers, and one of them is to be")
+            held = sum(sizes.values())
             if held != math.prod(tensor.size):
                 raise StorageError(f"{held} numbers of {name} are held, and it has {math.prod(tensor.size)}")
 

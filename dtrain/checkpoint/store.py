@@ -29,6 +29,7 @@ from dtrain.spec.job import Keep
 
 MARKER, MANIFEST = "COMMITTED", "manifest.json"
 NAME = re.compile(r"step-(\d{8}|[1-9]\d{8,})$")
+PART = re.compile(r"\.step-(\d{8}|[1-9]\d{8,})-\d+-\d+$")
 BLOCK = 1 << 20
 
 
@@ -189,7 +190,8 @@ def prune(folder: Path, keep: Keep) -> list[int]:
         with contextlib.suppress(OSError):
             _remove(path_of(folder, step))
     for part in folder.glob(".step-*"):  # of a checkpoint that was never committed
-        if int(part.name[6:14]) < newest:
+        match = PART.match(part.name)
+        if match and int(match[1]) < newest:
             shutil.rmtree(part, ignore_errors=True)
     return gone
 

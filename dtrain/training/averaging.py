@@ -31,6 +31,8 @@ class Average:
     def update(self, step: int) -> None:
         """After `step` steps; early on the average forgets faster, so that it does not remember the start."""
         decay = min(self._decay, (1 + step) / (10 + step))
+        if not self._live:  # a worker of many may hold no part of a small model
+            return
         with torch.no_grad():
             torch._foreach_lerp_(self._average, self._live, 1.0 - decay)
 

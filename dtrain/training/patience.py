@@ -17,8 +17,11 @@ class Patience:
         self.state: list[Piece] = [whole("loop.patience", self._memory)]
 
     def consider(self, step: int, loss: float) -> None:
-        """Count the held-out loss at `step`, once; all workers are given the same figure."""
-        if int(self._memory[SEEN]) >= step:
+        """Count the held-out loss at `step`, once; all workers are given the same figure.
+
+        When patience has run out that is final: an attempt that begins at the end of a run evaluates it again.
+        """
+        if int(self._memory[SEEN]) >= step or self._is_exhausted:
             return
         self._memory[SEEN] = step
         if loss < float(self._memory[BEST]) - self._settings.min_delta:
@@ -29,6 +32,10 @@ class Patience:
     @property
     def last_step(self) -> float:
         """The step after which training ends: infinity while there is hope."""
-        if int(self._memory[WORSE]) < self._settings.patience:
+        if not self._is_exhausted:
             return float("inf")
         return int(self._memory[SEEN]) + 1  # one more, so that a checkpoint of the end is written as any other
+
+    @property
+    def _is_exhausted(self) -> bool:
+        return int(self._memory[WORSE]) >= self._settings.patience
