@@ -66,11 +66,11 @@ def _host(made: runs.Run, folder: Path, until: int, lease: int) -> dict[str, Any
 def main() -> None:
     import importlib
 
-    from dtrain.runtime import rank, zygote
+    from dtrain.runtime import rank
 
     module, _, name = sys.argv.pop(1).partition(":")
     rank.Keeper = getattr(importlib.import_module(module), name)  # type: ignore[misc]
-    zygote.main()
+    zygote_server.main()
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from dtrain.runtime import zygote
+from dtrain.runtime import zygote_server
 
 FAULTS = Path(sys.argv[2])
 
@@ -69,7 +69,7 @@ def main() -> None:
 
     text.open = faulty_open
     sys.argv = ["zygote", sys.argv[1], "--until", sys.argv[3]]
-    zygote.main()
+    zygote_server.main()
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ HERE = Path(__file__).parent
 PATIENCE_S = 20.0
 LIGHT = """
 import os, sys
-from dtrain.runtime import zygote
+from dtrain.runtime import zygote_server
 def refuse():
     raise BlockingIOError(11, "Resource temporarily unavailable")
 fork = os.fork
 os.fork = lambda: refuse() if os.path.exists(sys.argv[1] + "/full") else fork()
-zygote.PRELOAD = ("json",)
-zygote.main()
+zygote_server.PRELOAD = ("json",)
+zygote_server.main()
 """
 
 
