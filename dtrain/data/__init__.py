@@ -26,6 +26,8 @@ class DataShape:
 
     - `tokens`: inputs, targets int64 [b, t]; targets are the next tokens, -1 where nothing is to be predicted;
     - `masked`: the same, with some inputs hidden; targets are the hidden tokens, -1 elsewhere;
+      both may have documents int64 [b, t], the number within the sample of the document a token belongs to: tokens of
+      others are not to be seen;
     - `pairs`: source int64 [b, s], inputs, targets int64 [b, t]: a text and its translation; padded with -1;
     - `images`: images float32 [b, channels, height, width], about zero mean and unit variance; labels int64 [b];
     - `table`: features float32 [b, f]; targets int64 [b] (classes) or float32 [b] (a number);
@@ -44,6 +46,9 @@ class DataShape:
     """Columns of a table, or of a series."""
     horizon: int = 0
     """Time steps to predict."""
+    is_cheap: bool = True
+    """Whether a batch costs so little (less than a millisecond) that nothing is gained by reading ahead in other
+    processes."""
 
 
 class Dataset(Protocol):
@@ -66,8 +71,6 @@ class Source(Protocol):
     held_out: Dataset
     fingerprint: str
     """Changes with the samples; a run that is resumed must find the same."""
-    is_cheap: bool
-    """Whether a batch costs so little that nothing is gained by reading ahead in other processes."""
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
         """Figures to hold the evaluation against: {metric: {name: value}}, e.g. bits_per_byte of gzip -9."""

@@ -8,15 +8,16 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt
 
 from dtrain import component
-from dtrain.data import DataShape, corpus
+from dtrain.data import Dataset, DataShape, corpus
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
 from dtrain.data.tokens import TRAINING_BYTES, BytePairs, TokenizerOptions, check, learn
 from dtrain.data.tokens import load as load_tokenizer
+from dtrain.data.windows import HeldOutWindows, MaskedWindows, Windows
 from dtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raise when the same text would be prepared differently."""
-IGNORED = -1
 _BATCH_BYTES = 8 * 2**20
-_SPREAD = 0x5EED
 
 
 class Options(component.Options):
@@ -40,6 +39,13 @@ class Options(component.Options):
     """How text becomes numbers."""
     sequence_length: PositiveInt = Field(default=256, le=2**20)
     """Tokens a sample trains on: how far back the model can look."""
+    objective: Literal["next", "masked"] = "next"
+    """What is predicted: the next token, or tokens that are hidden (for an encoder)."""
+    mask_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the tokens of a sample that `objective: masked` hides."""
+    documents: Literal["joined", "packed"] = "joined"
+    """Whether a token sees those of other documents before it in its sample: `packed` documents share a sample but see
+    nothing of each other."""
     held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
     """Share of the text that is never trained on, taken in whole folders or files where there are enough of them."""
     held_out_limit: PositiveInt = 512_000
@@ -50,6 +56,9 @@ class Options(component.Options):
 
 def describe(options: Options) -> DataShape:
     """Vocabulary and length, without reading the text."""
+    # The mask comes after the separator, so that what is prepared is the same for both objectives.
+    if options.objective == "masked":
+        return DataShape("masked", options.tokenizer.vocabulary_size + 1, options.sequence_length)
     return DataShape("tokens", options.tokenizer.vocabulary_size, options.sequence_length)
 
 
@@ -80,7 +89,8 @@ def open(options: Options, cache: Path) -> "TextSource":  # noqa: A001
 class TextSource:
     """Samples are windows of `sequence_length` tokens of one stream, in which a separator precedes each document."""
 
-    is_cheap = True
+    train: Dataset
+    held_out: Dataset
 
     def __init__(self, options: Options, folder: Path) -> None:
         import numpy as np
@@ -91,6 +101,9 @@ class TextSource:
         self.fingerprint: str = folder.name
         """Changes with the text or how it is tokenized."""
         self.separator = options.tokenizer.vocabulary_size - 1
+        """The token that precedes each document."""
+        self.mask = options.tokenizer.vocabulary_size if options.objective == "masked" else None
+        """The token that stands for hidden ones, where there are some."""
         length = options.sequence_length
         train, held_out = (_tokens(folder / name, self._meta["dtype"]) for name in ("train.bin", "held_out.bin"))
         if len(train) <= length:
@@ -99,8 +112,16 @@ class TextSource:
                 f" {length + 1}; give more text, or a sequence_length of at most {max(len(train) - 1, 1)}"
             )
         lengths = np.fromfile(folder / "token_bytes.bin", dtype=np.uint16)
-        self.train = Windows(train, length)
-        self.held_out = HeldOutWindows(held_out, length, int(length * options.held_out_context), lengths)
+        is_packed = options.documents == "packed"
+        if options.objective == "masked":
+            words: Any = (length, options.mask_share, self.separator)
+            self.train = MaskedWindows(train, *words, has_documents=is_packed)
+            self.held_out = MaskedWindows(held_out, *words, is_held_out=True, has_documents=is_packed)
+        else:
+            separator = self.separator if is_packed else None
+            context = int(length * options.held_out_context)
+            self.train = Windows(train, length, separator)
+            self.held_out = HeldOutWindows(held_out, length, context, lengths, separator)
 
     @property
     def held_out_bytes(self) -> int:
@@ -108,8 +129,8 @@ class TextSource:
         return int(self._meta["held_out_bytes"])
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
-        """Bits a byte of well-known compressors on the held-out text, compressed whole."""
-        return {"bits_per_byte": dict(self._meta["bits_per_byte"])}
+        """Bits a byte of well-known compressors on the held-out text, compressed whole; nothing for hidden tokens."""
+        return {} if self.mask is not None else {"bits_per_byte": dict(self._meta["bits_per_byte"])}
 
     def encode(self, text: str) -> list[int]:
         """The tokens of `text`."""
@@ -122,59 +143,6 @@ class TextSource:
     @cached_property
     def _tokenizer(self) -> "Tokenizer":
         return load_tokenizer(self._options.tokenizer, (self._folder / "tokenizer.json").read_text("utf-8"))
-
-
-class Windows:
-    """Training samples: each token but the first is a target once."""
-
-    def __init__(self, tokens: "np.ndarray", length: int) -> None:
-        self._tokens = tokens
-        self._length = length
-        self.num_samples = (len(tokens) - 1) // length
-
-    def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
-        """inputs and targets, int64 [b, t]."""
-        import numpy as np
-
-        offsets = indices[:, None] * self._length + np.arange(self._length)
-        return {
-            "inputs": self._tokens[offsets].astype(np.int64),
-            "targets": self._tokens[offsets + 1].astype(np.int64),
-        }
-
-
-class HeldOutWindows:
-    """Held-out samples: over all of them each token but the first is a target exactly once.
-
-    A window shares its first `context` tokens with the one before, which predicted them. Samples are numbered in a
-    fixed shuffled order, so that the first few of them are a fair choice.
-    """
-
-    def __init__(self, tokens: "np.ndarray", length: int, context: int, lengths: "np.ndarray") -> None:
-        self._tokens = tokens
-        self._length = length
-        self._context = context
-        self._lengths = lengths
-        self.num_samples = 1 + max(-(-(len(tokens) - 1 - length) // (length - context)), 0)
-
-    def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
-        """inputs and targets, int64 [b, t], targets -1 where nothing is to be predicted; target_bytes, int64 [b]."""
-        import numpy as np
-
-        from dtrain.data.order import permute
-
-        window = permute(_SPREAD, np.zeros_like(indices), indices, self.num_samples)
-        offsets = window[:, None] * (self._length - self._context) + np.arange(self._length)
-        last = len(self._tokens) - 1
-        inputs = self._tokens[np.minimum(offsets, last)].astype(np.int64)
-        targets = self._tokens[np.minimum(offsets + 1, last)].astype(np.int64)
-        seen_before = (window[:, None] > 0) & (np.arange(self._length) < self._context)
-        counted = (offsets < last) & ~seen_before
-        return {
-            "inputs": inputs,
-            "targets": np.where(counted, targets, IGNORED),
-            "target_bytes": np.where(counted, self._lengths[targets], 0).sum(axis=1, dtype=np.int64),
-        }
 
 
 def _tokens(path: Path, dtype: str) -> "np.ndarray":

@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from dtrain.data import DataShape, corpus, text, tokens
-from dtrain.data.text import HeldOutWindows, Options, TextSource, Windows, describe, prepare, resolve
+from dtrain.data import Dataset, DataShape, corpus, text, tokens
+from dtrain.data.order import draws
+from dtrain.data.text import Options, TextSource, describe, prepare, resolve
+from dtrain.data.windows import HeldOutWindows, MaskedWindows, Windows
 from dtrain.errors import InputError, StorageError
 
 WORDS = ["loss", "model", "train", "gradient", "héllo", "self.step", "return", "    if x:"]
@@ -42,7 +44,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path / "cache"
 
 
-def read(windows: Windows | HeldOutWindows) -> dict[str, np.ndarray]:
+def read(windows: Dataset) -> dict[str, np.ndarray]:
     """All samples in one batch."""
     return windows.batch(np.arange(windows.num_samples), np.zeros(windows.num_samples, dtype=np.uint64))
 
@@ -387,3 +389,89 @@ def test_meta_says_what_was_held_out(folder: Path, cache: Path) -> None:
     meta = json.loads((text.open(options(folder, held_out=0.2), cache)._folder / "meta.json").read_text())
     assert meta["held_out_by"] == "folder" and meta["held_out_files"]
     assert meta["train_bytes"] + meta["held_out_bytes"] == sum(p.stat().st_size for p in folder.rglob("*.py"))
+
+
+# Hidden tokens, and documents in one sample
+
+
+def masked(length: int = 64, share: float = 0.15, seed: int = 1, **words: object) -> tuple[MaskedWindows, np.ndarray]:
+    """Windows over documents of 20 tokens; separator 100, mask 101."""
+    stream = np.random.default_rng(seed).integers(0, 100, 40 * length).astype(np.uint16)
+    stream[::20] = 100
+    return MaskedWindows(stream, length, share, 100, **words), stream.astype(np.int64)
+
+
+@pytest.mark.parametrize(("length", "share", "count"), [(64, 0.15, 10), (256, 0.15, 38), (10, 0.01, 1), (64, 0.9, 58)])
+def test_a_fixed_number_of_tokens_is_hidden(length: int, share: float, count: int) -> None:
+    windows, stream = masked(length, share)
+    found = windows.batch(np.arange(windows.num_samples), draws(3, np.arange(windows.num_samples, dtype=np.uint64)))
+    assert found["inputs"].dtype == found["targets"].dtype == np.int64
+    hidden = found["targets"] >= 0
+    assert (hidden.sum(axis=1) == count).all()
+    whole = stream[: windows.num_samples * length].reshape(-1, length)
+    assert np.array_equal(found["targets"][hidden], whole[hidden])
+    assert np.array_equal(found["inputs"][~hidden], whole[~hidden])
+    assert not (found["targets"] == 100).any()
+
+
+def test_hidden_tokens_are_shown_as_bert_does() -> None:
+    windows, _ = masked(256)
+    numbers = np.arange(4000)
+    found = windows.batch(numbers % windows.num_samples, draws(3, numbers.astype(np.uint64)))
+    hidden = found["targets"] >= 0
+    shown, true = found["inputs"][hidden], found["targets"][hidden]
+    assert (shown == 101).mean() == pytest.approx(0.8, abs=0.005)
+    assert (shown == true).mean() == pytest.approx(0.1 + 0.1 / 100, abs=0.005)
+    others = shown[(shown != 101) & (shown != true)]
+    assert set(others.tolist()) == set(range(100))
+    assert np.bincount(others, minlength=100).std() < 0.15 * len(others) / 100
+    assert hidden.mean(axis=0)[1:].std() < 0.02  # each place as often as the others
+    assert np.corrcoef(hidden[:, 1], hidden[:, 2])[0, 1] < 0.05
+
+
+def test_what_is_hidden_is_a_function_of_the_draw() -> None:
+    windows, _ = masked()
+    samples, chances = np.arange(8), draws(3, np.arange(8, dtype=np.uint64))
+    whole = windows.batch(samples, chances)
+    for number in range(8):
+        one = windows.batch(samples[[number]], chances[[number]])
+        assert all(np.array_equal(one[name][0], whole[name][number]) for name in whole)
+    again = windows.batch(samples, draws(4, np.arange(8, dtype=np.uint64)))
+    assert not any(np.array_equal(again["targets"][n], whole["targets"][n]) for n in range(8))
+
+
+def test_held_out_tokens_are_hidden_alike_each_time() -> None:
+    windows, stream = masked(is_held_out=True)
+    numbers = np.arange(windows.num_samples)
+    first, second = (windows.batch(numbers, draws(seed, numbers.astype(np.uint64))) for seed in (1, 2))
+    assert np.array_equal(first["inputs"], second["inputs"]) and np.array_equal(first["targets"], second["targets"])
+    seen = np.where(first["targets"] >= 0, first["targets"], first["inputs"])
+    assert sorted(map(tuple, seen.tolist())) == sorted(map(tuple, stream.reshape(-1, 64).tolist()))
+    assert len({tuple(np.flatnonzero(row >= 0)) for row in first["targets"]}) == windows.num_samples
+
+
+def test_masked_text_has_a_token_more_and_is_prepared_the_same(folder: Path, cache: Path) -> None:
+    plain, hidden = options(folder), options(folder, objective="masked")
+    assert describe(hidden) == DataShape("masked", 258, 32)
+    source = text.open(hidden, cache)
+    assert source.fingerprint == text.open(plain, cache).fingerprint
+    assert source.mask == 257 and source.yardsticks() == {}
+    batch = read(source.train)
+    assert (batch["inputs"] == 257).any() and batch["inputs"].max() == 257
+    assert ((batch["targets"] >= 0).sum(axis=1) == round(0.15 * 32)).all()
+    with pytest.raises(InputError, match=r"has \d+ tokens held out, fewer than data.sequence_length 5000"):
+        text.open(options(folder, objective="masked", sequence_length=5000), cache)
+
+
+@pytest.mark.parametrize("objective", ["next", "masked"])
+def test_packed_documents_are_numbered(folder: Path, cache: Path, objective: str) -> None:
+    words = {"objective": objective, "sequence_length": 3000, "held_out": 0.3}
+    packed, joined = (text.open(options(folder, documents=d, **words), cache) for d in ("packed", "joined"))
+    for part in ("train", "held_out"):
+        batch, plain = read(getattr(packed, part)), read(getattr(joined, part))
+        documents = batch.pop("documents")
+        assert batch.keys() == plain.keys() and all(np.array_equal(batch[name], plain[name]) for name in plain)
+        assert documents.dtype == np.int64 and documents.shape == batch["inputs"].shape
+        begins = np.diff(documents, axis=1)
+        assert set(begins.flatten().tolist()) == {0, 1}
+        assert np.array_equal(begins == 1, batch["inputs"][:, 1:] == packed.separator)
