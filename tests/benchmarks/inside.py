@@ -66,7 +66,7 @@ def _host(made: runs.Run, folder: Path, until: int, lease: int) -> dict[str, Any
 def main() -> None:
     import importlib
 
-    from dtrain.runtime import rank
+    from dtrain.runtime import rank, zygote_server
 
     module, _, name = sys.argv.pop(1).partition(":")
     rank.Keeper = getattr(importlib.import_module(module), name)  # type: ignore[misc]
