@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -338,16 +339,28 @@ def _await_zygote(folder: Path) -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports outside the range from which Ray's workers take theirs (10002-19999)."""
+    """Free ports outside the range from which Ray's workers take theirs (10002-19999).
+
+    The system chooses; where it chooses from that range alone, others are tried one by one. Raises `ClusterError` when
+    there are not enough.
+    """
     held: list[socket.socket] = []
     ports: list[int] = []
-    while len(ports) < count:
+    for candidate in itertools.chain(itertools.repeat(0, 8 * count), range(20_000, 65_536)):
+        if len(ports) == count:
+            break
         probe_socket = socket.socket()
-        probe_socket.bind((LOOPBACK, 0))
+        try:
+            probe_socket.bind((LOOPBACK, candidate))
+        except OSError:
+            probe_socket.close()
+            continue
         held.append(probe_socket)
         port = probe_socket.getsockname()[1]
         if not 10000 <= port <= 19999:
             ports.append(port)
     for probe_socket in held:
         probe_socket.close()
+    if len(ports) < count:
+        raise ClusterError(f"only {len(ports)} of {count} ports are free on {LOOPBACK}; end what holds the others")
     return ports
