@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.default_planner import (
     DefaultSavePlanner,
     create_default_global_save_plan,
 )
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -38,31 +39,42 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from dtrain.checkpoint.direct import DirectFile
 from dtrain.checkpoint.pieces import Piece
 from dtrain.errors import StorageError
 
 INDEX = ".metadata"
 
 
-def save(path: Path, pieces: Sequence[Piece]) -> None:
+Sums = dict[str, str]
+"""SHA-256 of files, by name."""
+
+
+def save(path: Path, pieces: Sequence[Piece]) -> Sums:
     """Write the primary ones of `pieces`, and an index of them, to the existing folder `path`.
+
+    Returns the sums of the files that hold the pieces.
 
     A rectangle without numbers is left out, unless it is all there is: it may begin where another's does.
     """
     mine = [piece for piece in pieces if piece.is_primary and (piece.tensor.numel() or piece.is_whole)]
     # One thread: DCP loses what goes wrong in any other, and writes an index that lacks what was to be there.
     writer = FileSystemWriter(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+    writer.fs = files = _DirectFiles()
     with _without_process_group():
         dcp.save({}, storage_writer=writer, planner=_SavePieces(mine), no_dist=True)
+    return files.sums
 
 
-def join(path: Path, parts: Sequence[Path]) -> None:
-    """Move the files of `parts` into `path`, and make one index of all of theirs.
+def join(path: Path, parts: Sequence[tuple[Path, Sums]]) -> Sums:
+    """Move the files of `parts`, given with their sums, into `path`, and make one index of all of theirs.
 
-    Raises `StorageError` when some numbers of a tensor are in none of them, or some in several.
+    Returns the sums under the files' new names. Raises `StorageError` when some numbers of a tensor are in none of them,
+    or some in several.
     """
     index = _read_index(path)
-    for number, part in enumerate(parts, start=1):
+    sums: Sums = {}
+    for number, (part, held) in enumerate(parts, start=1):
         other = _read_index(part)
         for name, tensor in other.state_dict_metadata.items():
             found = index.state_dict_metadata.get(name)
@@ -74,6 +86,7 @@ def join(path: Path, parts: Sequence[Path]) -> None:
         for old in {info.relative_path for info in other.storage_data.values()}:
             renamed[old] = f"__{number}_{old.rpartition('_')[2]}"
             (part / old).replace(path / renamed[old])
+            sums[renamed[old]] = held[old]
         index.storage_data.update(
             {
                 at: dataclasses.replace(info, relative_path=renamed[info.relative_path])
@@ -86,10 +99,11 @@ def join(path: Path, parts: Sequence[Path]) -> None:
             pickle.dump(index, file)
             file.flush()
             os.fsync(file.fileno())
-        for part in parts:
+        for part, _ in parts:
             for left in part.iterdir():
                 left.unlink()
             part.rmdir()
+    return sums
 
 
 def load(path: Path, pieces: Sequence[Piece]) -> None:
@@ -101,6 +115,24 @@ def load(path: Path, pieces: Sequence[Piece]) -> None:
 def names(path: Path) -> set[str]:
     """What a checkpoint holds."""
     return set(_read_index(path).state_dict_metadata)
+
+
+class _DirectFiles(FileSystem):
+    """Lets DCP write its data past the page cache; its index is a small file like any other."""
+
+    def __init__(self) -> None:
+        self.sums: Sums = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        name = os.path.basename(path)
+        if mode != "wb" or name.startswith(INDEX):
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        with DirectFile(Path(path)) as file:
+            yield file
+        self.sums[name] = file.sha256
 
 
 class _SavePieces(DefaultSavePlanner):

@@ -51,10 +51,10 @@ def write(folder: Path, step: int, state: State, facts: Mapping[str, Any], parts
     """
     path = path_of(folder, step)
     try:
-        _save(path, state)  # replaces one of the same step that was never committed, or of an abandoned line
-        dcp_files.join(path, parts)
+        sums = _save(path, state)  # replaces one of the same step that was never committed, or of an abandoned line
+        sums |= dcp_files.join(path, [(part, json.loads((part / MARKER).read_bytes())) for part in parts])
         sizes = {p.name: p.stat().st_size for p in sorted(path.iterdir())}
-        files = {name: {"bytes": size, "sha256": _sha256(path / name)} for name, size in sizes.items()}
+        files = {name: {"bytes": n, "sha256": sums.get(name) or _sha256(path / name)} for name, n in sizes.items()}
         manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
         _write_durably(path / MANIFEST, manifest)
         _sync_folder(path)
@@ -77,8 +77,9 @@ def write_part(path: Path, state: State) -> int:
     Raises `StorageError` when storage refuses; what was begun is then removed.
     """
     try:
-        _save(path, state)
-        _write_durably(path / MARKER, b"")
+        sums = _save(path, state)
+        _write_durably(path / (MARKER + ".making"), json.dumps(sums).encode())
+        (path / (MARKER + ".making")).rename(path / MARKER)  # it is read as soon as it is seen
         _sync_folder(path)
     except (Exception, CheckpointException) as error:
         raise _given_up(path, error) from error
@@ -95,11 +96,11 @@ def await_parts(paths: Sequence[Path], timeout_s: float) -> None:
             time.sleep(0.01)
 
 
-def _save(path: Path, state: State) -> None:
+def _save(path: Path, state: State) -> dcp_files.Sums:
     if path.exists():
         _remove(path)
     path.mkdir(parents=True)
-    dcp_files.save(path, as_pieces(state))
+    return dcp_files.save(path, as_pieces(state))
 
 
 def _given_up(path: Path, error: BaseException) -> StorageError:
