@@ -69,8 +69,8 @@ def save(path: Path, pieces: Sequence[Piece]) -> Sums:
 def join(path: Path, parts: Sequence[tuple[Path, Sums]]) -> Sums:
     """Move the files of `parts`, given with their sums, into `path`, and make one index of all of theirs.
 
-    Returns the sums under the files' new names. Raises `StorageError` when some numbers of a tensor are in none of them,
-    or some in several.
+    Returns the sums under the files' new names. Raises `StorageError` when some numbers of a tensor are in none of
+    them, or some in several.
     """
     index = _read_index(path)
     sums: Sums = {}

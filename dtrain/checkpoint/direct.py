@@ -11,7 +11,7 @@ import mmap
 import os
 from pathlib import Path
 
-BUFFER = 8 * 2**20
+BUFFER = 2**20
 ALIGNMENT = 4096
 """Of addresses, offsets and lengths; what every file system asks for at most."""
 
