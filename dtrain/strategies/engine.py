@@ -1,7 +1,7 @@
 """What strategies share: the plain update, restructuring of a model before it is wrapped, and the state to keep."""
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -14,6 +14,10 @@ from dtrain.models import Phase, Task
 from dtrain.models.networks.batch_norm import synchronise
 from dtrain.plan import Plan
 from dtrain.strategies import MakeOptimizer
+from dtrain.strategies.loss_scale import LossScale
+
+Norm = Callable[[list[torch.Tensor]], torch.Tensor]
+"""From gradients to the norm of all of them together: a scalar, the same on every worker."""
 
 
 class OptimizerEngine:
@@ -31,13 +35,13 @@ class OptimizerEngine:
         self.parts: Mapping[str, nn.Module] = {name: (wrapped if name in phase.parts else bare)[name] for name in bare}
         trained = dict(trained_parameters(task, phase))
         self.optimizer = make_optimizer((n, p, task.learning_rate_share(phase, n)) for n, p in trained.items())
+        self.scale = loss_scale(plan, next(iter(trained.values())).device)
         self._phase, self._names, self._parameters = phase.name, list(trained), list(trained.values())
         self._is_checked = False
         others = [p for name in bare if name not in phase.parts for p in bare[name].parameters()]
         self._others = [p for p in others if p.requires_grad]
         self._synchronised = [m for m in self.parts.values() if isinstance(m, DistributedDataParallel)]
-        self._max_norm = plan.train.clip_grad_norm or float("inf")
-        self._groups = self.optimizer.param_groups
+        self._max_norm = plan.train.clip_grad_norm
 
     def begin(self, is_last: bool) -> None:
         for module in self._synchronised:
@@ -46,18 +50,49 @@ class OptimizerEngine:
             parameter.requires_grad_(False)
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        (loss if self.scale is None else self.scale.raised(loss)).backward()
         for parameter in self._others:
             parameter.requires_grad_(True)
 
     def step(self, learning_rate: float) -> torch.Tensor:
         if not self._is_checked:
             self._is_checked = check_gradients(self._phase, self._names, self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._max_norm)
-        set_learning_rate(self._groups, learning_rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return norm
+        return update(
+            self.optimizer, self._parameters, learning_rate, self._max_norm, nn.utils.get_total_norm, self.scale
+        )
+
+
+def update(
+    optimizer: torch.optim.Optimizer,
+    parameters: list[nn.Parameter],
+    learning_rate: float,
+    max_norm: float | None,
+    norm_of: Norm,
+    scale: LossScale | None,
+) -> torch.Tensor:
+    """Clip, step, and clear the gradients of `parameters`; returns their norm before clipping.
+
+    That is 0 where a step is skipped because an fp16 gradient overflowed.
+    """
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    with torch.no_grad():
+        if scale is not None:
+            scale.lower(gradients)
+        norm = norm_of(gradients)
+    if scale is not None and not scale.accepts(norm):
+        optimizer.zero_grad(set_to_none=True)
+        return torch.zeros_like(norm)
+    if max_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    set_learning_rate(optimizer.param_groups, learning_rate)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def loss_scale(plan: Plan, device: torch.device) -> LossScale | None:
+    """One for fp16; other formats need none."""
+    return LossScale(device) if plan.train.precision == "fp16" else None
 
 
 def trained_parameters(task: Task, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:
@@ -70,14 +105,18 @@ def trained_parameters(task: Task, phase: Phase) -> Iterator[tuple[str, nn.Param
 
 def check_gradients(phase: str, names: Sequence[str], parameters: Sequence[nn.Parameter]) -> bool:
     """Whether every parameter has a gradient: True. Raises `TrainingError` with the names of those that have none."""
-    unused = [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None]
+    refuse_unused(phase, [name for name, parameter in zip(names, parameters, strict=True) if parameter.grad is None])
+    return True
+
+
+def refuse_unused(phase: str, unused: Sequence[str]) -> None:
+    """Raises `TrainingError` where `unused` names any parameters that a phase trains without using them."""
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         raise TrainingError(
             f"the loss of phase {phase!r} does not depend on {shown}; use them, freeze them (requires_grad=False), or"
             " leave them out of the phase's parts"
         )
-    return True
 
 
 def set_learning_rate(groups: list[dict[str, object]], learning_rate: float) -> None:

@@ -1,0 +1,230 @@
+"""ZeRO: optimizer state, gradients and weights are divided among workers (Rajbhandari et al., "ZeRO", 2020)."""
+
+import contextlib
+import io
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field, PositiveFloat
+
+from dtrain import component
+from dtrain.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from dtrain.models import ModelSize, Task
+    from dtrain.plan import Plan, Workers
+    from dtrain.spec.job import JobSpec
+    from dtrain.strategies import MakeOptimizer, Prepared
+
+
+class Options(component.Options):
+    """ZeRO by DeepSpeed: optimizer state, gradients and weights are divided among the workers."""
+
+    stage: Literal[1, 2, 3] = 2
+    """What is divided: 1 the optimizer's state, 2 gradients as well, 3 weights as well, gathered layer by layer."""
+    offload_optimizer: Literal["none", "cpu", "nvme"] = "none"
+    """Where the optimizer's state and its update live: on the device, or in the node's memory, which is slower."""
+    offload_parameters: bool = False
+    """Keep the divided weights in the node's memory until a layer needs them (stage 3)."""
+    reduce_bucket_mib: PositiveFloat = Field(default=128.0, le=8192.0)
+    """Gradients are sent in buckets of this many MiB; each worker holds one such bucket, two when they overlap."""
+    gather_bucket_mib: PositiveFloat = Field(default=128.0, le=8192.0)
+    """New weights are gathered in buckets of this many MiB (stages 1 and 2), or fetched so far ahead (stage 3)."""
+    keep_below: int = Field(default=100_000, ge=0, le=10**9)
+    """Weights with at most this many numbers are never divided, which saves many small messages (stage 3)."""
+    overlap_comm: bool = False
+    """Send gradients while the backward pass still computes."""
+
+
+def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize") -> None:
+    """Raises `InputError` for what ZeRO cannot do here."""
+    del workers, size  # it works with any number of either
+    where = f"strategy deepspeed (stage {options.stage})"
+    if job.train.precision not in ("auto", "fp32", "bf16"):
+        raise InputError(
+            f"train.precision {job.train.precision}: {where} computes in fp32 and bf16; use bf16, which needs no"
+            " scaling of losses, or strategy: {name: fsdp}"
+        )
+    if options.offload_optimizer == "nvme":
+        raise InputError(
+            "strategy.offload_optimizer nvme: a run is kept alive from a copy of its state in memory, so a state too"
+            " large for memory cannot be kept; use offload_optimizer: cpu, or divide it among more workers"
+        )
+    if options.offload_parameters and options.stage != 3:
+        raise InputError(
+            f"strategy.offload_parameters: only stage 3 divides weights, and this is stage {options.stage};"
+            " use stage: 3"
+        )
+    if job.train.compile and options.stage == 3:
+        raise InputError(
+            "train.compile: stage 3 exchanges the weights inside of what would be compiled; use strategy: {name:"
+            " deepspeed, stage: 2} or strategy: {name: fsdp}, or leave compile off"
+        )
+
+
+def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
+    """One DeepSpeed engine a phase, each dividing the parts that its phase trains."""
+    from dtrain.strategies import Prepared, zero_state
+    from dtrain.strategies.engine import restructure, trained_parameters
+    from dtrain.strategies.zero_engine import Root, ZeroEngine, called
+
+    owners = [name for phase in task.phases for name in phase.parts]
+    twice = sorted({name for name in owners if owners.count(name) > 1})
+    if twice:
+        raise InputError(
+            f"two phases train the part {twice[0]}: ZeRO divides a part for one phase only; use strategy: {{name: ddp}}"
+        )
+    options: Options = plan.strategy  # type: ignore[assignment]
+    scalars = [name for phase in task.phases for name, p in trained_parameters(task, phase) if p.ndim == 0]
+    if scalars and options.stage == 3:
+        raise InputError(
+            f"{scalars[0]} is a single number, a parameter without dimensions, which stage 3 cannot divide; give it the"
+            " shape [1], or use strategy: {name: deepspeed, stage: 2}"
+        )
+    restructure(task, plan)
+    for name, part in task.parts.items():
+        if name not in owners:
+            part.to(device)
+    # DeepSpeed would take its fp32 weights from those it has already rounded.
+    exact = (
+        {}
+        if plan.train.precision == "fp32"
+        else {id(p): p.detach() for m in task.parts.values() for p in m.parameters()}
+    )
+    roots, wrapped, held, optimizers = [], {}, {}, {}
+    config = configuration(plan)
+    for phase in task.phases:
+        root = Root({name: task.parts[name] for name in phase.parts})
+        trained = [(n, p, task.learning_rate_share(phase, n)) for n, p in trained_parameters(task, phase)]
+        optimizer = make_optimizer(trained)
+        group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
+        with _deepspeed(device) as deepspeed, _sendable(root):
+            engine, zero, _, _ = deepspeed.initialize(model=root, optimizer=optimizer, config=config)
+        held[phase.name] = zero_state.runs(zero)
+        zero_state.initialise(optimizer, held[phase.name], group_of)
+        roots.append(root)
+        wrapped[phase.name], optimizers[phase.name] = engine, optimizer
+    parts = called(roots, task.parts)
+    engines = {phase.name: ZeroEngine(wrapped[phase.name], task, phase, parts) for phase in task.phases}
+
+    def refresh() -> None:
+        for made in wrapped.values():
+            zero_state.publish(made.optimizer)
+
+    if exact:
+        for runs in held.values():
+            zero_state.fill(runs, exact)
+        refresh()
+    return Prepared(
+        evaluation_parts=parts,
+        engines=engines,
+        state=zero_state.pieces(task.parts, held, optimizers),
+        is_replicated=False,
+        refresh=refresh,
+    )
+
+
+def configuration(plan: "Plan") -> dict[str, Any]:
+    """DeepSpeed's settings, all of them from the plan."""
+    options: Options = plan.strategy  # type: ignore[assignment]
+    is_low = plan.train.precision != "fp32"
+    numbers_per_mib = 2**20 // (2 if is_low else 4)
+    reduce_bucket = max(1, round(options.reduce_bucket_mib * numbers_per_mib))
+    gather_bucket = 2 * max(1, round(options.gather_bucket_mib * numbers_per_mib / 2))  # must be even
+    zero: dict[str, Any] = {
+        "stage": options.stage,
+        "contiguous_gradients": True,
+        "overlap_comm": options.overlap_comm,
+        "reduce_scatter": True,
+        "reduce_bucket_size": reduce_bucket,
+        "allgather_partitions": True,
+        "allgather_bucket_size": gather_bucket,
+    }
+    on_gpu = plan.workers.device == "cuda"
+    if options.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
+    if options.stage == 3:
+        zero["stage3_prefetch_bucket_size"] = gather_bucket
+        zero["stage3_param_persistence_threshold"] = options.keep_below
+        if options.offload_parameters:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": on_gpu}
+    return {
+        "train_batch_size": plan.batch.global_size,
+        "train_micro_batch_size_per_gpu": plan.batch.micro,
+        "gradient_accumulation_steps": plan.batch.accumulation,
+        "gradient_clipping": plan.train.clip_grad_norm or 0.0,
+        "bf16": {"enabled": is_low},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's own, updating flat runs as it would update matrices
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+
+
+@contextlib.contextmanager
+def _deepspeed(device: "torch.device") -> Iterator[Any]:
+    """The library, ready to be used: with a process group, and silent where it only seems to have something to say."""
+    import torch.distributed as dist
+
+    # Stage 3 reads it in every step (0.19.8, runtime/zero/utils.py); a setting of nobody's, so it may stay.
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    before = os.environ.get("DS_ACCELERATOR")
+    os.environ["DS_ACCELERATOR"] = device.type  # while it is imported: it would take a GPU that this run leaves alone
+    try:
+        import deepspeed
+    finally:
+        if before is None:
+            del os.environ["DS_ACCELERATOR"]
+        else:
+            os.environ["DS_ACCELERATOR"] = before
+    from deepspeed.ops import __compatible_ops__ as operators
+    from deepspeed.utils import logger
+
+    # Compiling it takes minutes, and a compilation that is killed leaves a lock behind; gloo does the same work.
+    operators["deepspeed_shm_comm"] = False
+    if not dist.is_initialized():  # a worker alone
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    deepspeed.init_distributed(verbose=False)
+    # For good, since they are called in every step: newer torch has the same functions under other names.
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed.(all_gather_into_tensor|reduce_scatter_tensor)`", FutureWarning
+    )
+    logger.addFilter(_is_worth_reading)
+    try:
+        # It prints how much memory it uses, whatever the level of its log.
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            # DeepSpeed imports torch's compiler, which uses what torch itself calls deprecated.
+            warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+            yield deepspeed
+    finally:
+        logger.removeFilter(_is_worth_reading)
+
+
+@contextlib.contextmanager
+def _sendable(root: "nn.Module") -> Iterator[None]:
+    """In here DeepSpeed can send the first worker's parameters to all, whatever their shape and memory format."""
+    import torch.distributed as dist
+
+    scalars = []
+    for parameter in root.parameters():
+        parameter.data = parameter.data.contiguous()  # ZeRO would make it so anyway
+        if parameter.ndim == 0:
+            dist.broadcast(parameter.detach(), src=0)
+            parameter.ds_optim_param = True  # marks what it does not send
+            scalars.append(parameter)
+    yield
+    for parameter in scalars:
+        del parameter.ds_optim_param
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Not the warning of an optimizer that DeepSpeed's authors have not tried: dtrain's tests do."""
+    return "untested optimizer" not in record.getMessage()
