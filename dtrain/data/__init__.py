@@ -46,6 +46,8 @@ class DataShape:
     """Columns of a table, or of a series."""
     horizon: int = 0
     """Time steps to predict."""
+    num_targets: int = 0
+    """Tokens of a sample that are predicted, where those are not all."""
     is_cheap: bool = True
     """Whether a batch costs so little (less than a millisecond) that nothing is gained by reading ahead in other
     processes."""

@@ -1,29 +1,46 @@
-"""Transformer language models: a decoder that predicts the next token."""
+"""The transformer family: what it is follows from the data.
+
+Tokens make it a decoder that predicts the next one (GPT), hidden tokens an encoder that fills them in (BERT), pairs of
+texts an encoder and a decoder that translate, pictures an encoder that tells them apart (ViT).
+"""
 
 import math
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from dtrain import component
 from dtrain.data import DataShape
 from dtrain.errors import InputError
-from dtrain.models import ModelSize, Request, Sample, Task
+from dtrain.models import ModelSize, Task
+from dtrain.models.classifier import Classifier, Regularisation
+from dtrain.models.language import LanguageModel, MaskedLanguageModel, Translator
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-
-    from dtrain.models.networks.transformer import Transformer
     from dtrain.spec.job import Train
 
+KINDS = {
+    "tokens": "tokens",
+    "masked": "hidden tokens",
+    "pairs": "pairs of texts",
+    "images": "images",
+}
+"""What it learns from, in a person's words."""
+ONLY_FOR = {
+    "tie_weights": ("tokens", "masked", "pairs"),
+    "pad_vocabulary_to": ("tokens", "masked", "pairs"),
+    "patch_size": ("images",),
+    "pooling": ("images",),
+    "mixup": ("images",),
+    "cutmix": ("images",),
+}
+"""Options that mean nothing for other data."""
 
-class Options(component.Options):
-    """A decoder-only transformer that predicts the next token; the defaults are GPT-2's."""
+
+class Options(Regularisation):
+    """A transformer: decoder, encoder, both, or for images, as the data asks for; the defaults are GPT-2's."""
 
     num_layers: PositiveInt = Field(default=12, le=1024)
-    """Blocks, each of attention and an MLP."""
+    """Blocks, each of attention and an MLP; to translate, as many in the encoder as in the decoder."""
     num_heads: PositiveInt = Field(default=12, le=1024)
     """Attention heads of a block; must divide `width`."""
     width: PositiveInt = Field(default=768, le=2**17)
@@ -43,13 +60,20 @@ class Options(component.Options):
     bias: bool = True
     """Add a bias in linear layers and layer norms."""
     tie_weights: bool = True
-    """Use one matrix to read tokens in and to predict them."""
+    """Use one matrix to read tokens in and to predict them (texts)."""
     dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
     """Share of numbers dropped while training: of embeddings, of attention weights, and of what a block adds."""
     init_std: PositiveFloat = Field(default=0.02, le=1.0)
     """Standard deviation of the weights at the start; those that add to the stream get it over sqrt(2 x layers)."""
     pad_vocabulary_to: PositiveInt = Field(default=64, le=4096)
-    """The vocabulary is padded to a multiple of this, which is faster on GPUs; padding is never predicted."""
+    """The vocabulary is padded to a multiple of this, which is faster on GPUs; padding is never predicted (texts)."""
+    patch_size: PositiveInt = Field(default=16, le=4096)
+    """Pixels of height and width of the squares a picture is cut into; must divide its height and width (images)."""
+    pooling: Literal["class_token", "mean"] = "class_token"
+    """What the class of a picture is told by: a learned vector put before its squares, or the mean of all (images)."""
+    cutmix: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Train on pictures with a rectangle of another in them, of a share drawn from Beta(a, a) for this a; 0 turns it
+    off; with mixup too, a coin decides for each sample (images)."""
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> "Options":
@@ -69,6 +93,13 @@ class Options(component.Options):
         """Hidden width of an MLP."""
         return max(round(self.width * self.mlp_ratio), 1)
 
+    def num_places(self, data: DataShape) -> int:
+        """Positions that a sample has."""
+        if data.kind != "images":
+            return data.sequence_length
+        squares = (data.height // self.patch_size) * (data.width // self.patch_size)
+        return squares + int(self.pooling == "class_token")
+
     def padded(self, vocabulary_size: int) -> int:
         """Rows of the token matrix."""
         return math.ceil(vocabulary_size / self.pad_vocabulary_to) * self.pad_vocabulary_to
@@ -77,98 +108,130 @@ class Options(component.Options):
 def describe(options: Options, data: DataShape) -> ModelSize:
     """Parameters, floating point operations and activations of one sample.
 
-    Operations are 6 a token for each parameter that multiplies, plus 12 x layers x width x length for attention,
-    as if it were not causal (Chowdhery et al., "PaLM", 2022, appendix B). Raises `InputError` for other than tokens.
+    Operations are 6 for each parameter and position it multiplies, plus 12 x layers x width x length for attention and
+    position, as if it were not causal (Chowdhery et al., "PaLM", 2022, appendix B). Raises `InputError` for data it
+    cannot learn from, and for options that mean nothing for this data.
     """
-    _check(data)
-    w, hidden, length = options.width, options.hidden, data.sequence_length
-    bias = int(options.bias)
-    norm = w * (1 + int(options.bias and options.norm == "layernorm"))
-    attention = 4 * (w * w + bias * w) + (2 * (w // options.num_heads) if options.qk_norm else 0)
-    num_up = 2 if options.activation == "swiglu" else 1
-    mlp = num_up * (w * hidden + bias * hidden) + (hidden * w + bias * w)
-    layers = options.num_layers * (attention + mlp + 2 * norm) + norm
-    vocabulary = options.padded(data.vocabulary_size) * w
+    _check(options, data)
+    w, length = options.width, options.num_places(data)
+    reads = data.kind == "pairs"
+    stack, matrix = _stack_parameters(options, reads=reads), w * (w + int(options.bias))
+    attending = 12 * options.num_layers * w * length
     positions = length * w if options.positions == "learned" else 0
-    # Kept for backward in a layer: both norms' inputs and outputs, q, k, v (rotated and normalized anew), mixed.
-    kept = 8 + 2 * int(options.positions == "rope") + 2 * int(options.qk_norm)
-    layer_numbers = kept * w + (2 * num_up) * hidden
+    kept = options.num_layers * _kept_numbers(options, reads=reads) + 4 * w
+    if data.kind == "images":
+        patch = data.channels * options.patch_size**2
+        embedding, head = w * (patch + int(options.bias)), data.num_classes * (w + int(options.bias))
+        class_token = w if options.pooling == "class_token" else 0
+        return ModelSize(
+            num_parameters=embedding + class_token + positions + stack + head,
+            flops_per_sample=6 * (length * embedding + head) + length * (6 * stack + attending),
+            activation_bytes_per_sample=4 * (length * kept + data.channels * data.height * data.width),
+        )
+    vocabulary = options.padded(data.vocabulary_size) * w
+    vocabularies = vocabulary * (1 if options.tie_weights else 2)
+    num_parameters, flops = stack + positions + vocabularies, length * (6 * (stack + vocabulary) + attending)
+    if data.kind == "masked":
+        transform = matrix + _norm(options)
+        num_targets = data.num_targets or length
+        num_parameters += transform
+        flops = length * (6 * stack + attending) + 6 * num_targets * (transform + vocabulary)
+    if data.kind == "pairs":
+        encoder = _stack_parameters(options)
+        num_parameters += encoder + positions
+        flops += length * (6 * encoder + 2 * attending)
+        kept += options.num_layers * _kept_numbers(options) + 4 * w
     return ModelSize(
-        num_parameters=layers + positions + vocabulary * (1 if options.tie_weights else 2),
-        flops_per_sample=length * (6 * (layers + vocabulary) + 12 * options.num_layers * w * length),
-        activation_bytes_per_sample=4 * length * (options.num_layers * layer_numbers + 4 * w),
+        num_parameters=num_parameters, flops_per_sample=flops, activation_bytes_per_sample=4 * length * kept
     )
 
 
-def build(options: Options, data: DataShape, train: "Train") -> "LanguageModel":
-    """The task of predicting the next token, with weights that are a function of `train.seed` alone."""
+def _norm(options: Options) -> int:
+    return options.width * (1 + int(options.bias and options.norm == "layernorm"))
+
+
+def _stack_parameters(options: Options, reads: bool = False) -> int:
+    """Of all blocks and the last norm."""
+    w, hidden, bias, norm = options.width, options.hidden, int(options.bias), _norm(options)
+    attention = 4 * (w * w + bias * w) + (2 * (w // options.num_heads) if options.qk_norm else 0)
+    num_up = 2 if options.activation == "swiglu" else 1
+    mlp = num_up * (w * hidden + bias * hidden) + (hidden * w + bias * w)
+    return options.num_layers * (attention + mlp + 2 * norm + int(reads) * (attention + norm)) + norm
+
+
+def _kept_numbers(options: Options, reads: bool = False) -> int:
+    """What a block keeps of a position for the backward pass."""
+    # Both norms' inputs and outputs, q, k, v (rotated and normalized anew), mixed; reading has one norm, no rotation.
+    kept = 8 + 2 * int(options.positions == "rope") + 2 * int(options.qk_norm)
+    if reads:
+        kept += 6 + 2 * int(options.qk_norm)
+    num_up = 2 if options.activation == "swiglu" else 1
+    return kept * options.width + (2 * num_up) * options.hidden
+
+
+def build(options: Options, data: DataShape, train: "Train") -> Task:
+    """The task that the data asks for, with weights that are a function of `train.seed` alone."""
     import torch
 
-    from dtrain.models.networks.transformer import Transformer
+    from dtrain.models.networks.encoder_decoder import EncoderDecoder
+    from dtrain.models.networks.initial import on_cpu
+    from dtrain.models.networks.stack import TENSOR_PARALLEL
+    from dtrain.models.networks.transformer import Encoder, Transformer
+    from dtrain.models.networks.vision_transformer import VisionTransformer
 
-    _check(data)
+    _check(options, data)
+    network: Any
     with torch.device("meta"):
-        network = Transformer(options, data.vocabulary_size, data.sequence_length)
-    network.to_empty(device="cpu")
+        if data.kind == "images":
+            network = VisionTransformer(options, data)
+        else:
+            make = {"tokens": Transformer, "masked": Encoder, "pairs": EncoderDecoder}[data.kind]
+            network = make(options, data.vocabulary_size, data.sequence_length)
+    on_cpu(network)
     network.initialise(train.seed)
-    return LanguageModel(network)
+    stacks = [getattr(network, name) for name in ("encoder", "decoder") if hasattr(network, name)]
+    blocks = [block for stack in stacks for block in stack.blocks]
+    if data.kind == "images":
+        return PictureTask(network, blocks, options.label_smoothing, options.mixup, options.cutmix)
+    task = {"tokens": LanguageModel, "masked": MaskedLanguageModel, "pairs": Translator}[data.kind]
+    return task(network, blocks, options.label_smoothing, TENSOR_PARALLEL)
 
 
-def _check(data: DataShape) -> None:
-    if data.kind != "tokens":
-        raise InputError(f"model transformer learns from tokens, not from {data.kind}; use data: {{name: text}}")
-
-
-class LanguageModel(Task):
-    """The task: one network, one phase, mean cross-entropy of the next token."""
-
-    def __init__(self, network: "Transformer") -> None:
-        super().__init__({"model": network})
-        self._network = network
-
-    def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        """Mean nats a target of `batch`: inputs and targets, both [b, t]."""
-        del phase
-        targets = batch["targets"]
-        return parts["model"](batch["inputs"], targets, batch.get("documents")) / (targets >= 0).sum()
-
-    def evaluate(
-        self, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]"
-    ) -> "dict[str, torch.Tensor]":
-        """Nats, targets and, where the data knows them, bytes of text of one held-out batch."""
-        targets = batch["targets"]
-        sums = {
-            "nats": parts["model"](batch["inputs"], targets, batch.get("documents")),
-            "targets": (targets >= 0).sum(),
-        }
-        if "target_bytes" in batch:
-            sums["bytes"] = batch["target_bytes"].sum()
-        return sums
-
-    def finish_evaluation(self, sums: Mapping[str, float]) -> dict[str, float]:
-        """Mean nats a target, perplexity, and bits a byte of text."""
-        loss = sums["nats"] / sums["targets"]
-        metrics = {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-        if sums.get("bytes"):
-            metrics["bits_per_byte"] = sums["nats"] / math.log(2) / sums["bytes"]
-        return metrics
-
-    def blocks(self) -> "list[nn.Module]":
-        """The blocks."""
-        return list(self._network.decoder.blocks)
+class PictureTask(Classifier):
+    """Tells pictures apart with a network whose blocks can be split over devices."""
 
     def tensor_parallel(self) -> dict[str, str]:
-        """Heads and hidden numbers are split; see `dtrain/models/networks/stack.py`."""
+        """How blocks are split over devices."""
         from dtrain.models.networks.stack import TENSOR_PARALLEL
 
-        return TENSOR_PARALLEL
+        return dict(TENSOR_PARALLEL)
 
-    def sample(self, source: Any, request: Request) -> Sample:
-        """The prompt and the text of up to `length` tokens after it; ends early where the model ends its document."""
-        tokens = source.encode(request.prompt)
-        made = self._network.generate(
-            tokens or [source.separator], request.length, request.temperature, request.top_k, request.seed
+
+def _check(options: Options, data: DataShape) -> None:
+    if data.kind not in KINDS:
+        raise InputError(
+            f"model transformer learns from tokens, pairs of texts, or images, not from {data.kind}; use data:"
+            " {name: text} or {name: images}"
         )
-        if source.separator in made:
-            made = made[: made.index(source.separator)]
-        return Sample(source.decode([*tokens, *made]))
+    for name, kinds in ONLY_FOR.items():
+        if data.kind not in kinds and getattr(options, name) != Options.model_fields[name].default:
+            raise InputError(
+                f"model.{name} is for {' or '.join(KINDS[kind] for kind in kinds)}, and the data holds"
+                f" {KINDS[data.kind]}; leave it out"
+            )
+    if data.kind == "images":
+        _check_pictures(options, data)
+
+
+def _check_pictures(options: Options, data: DataShape) -> None:
+    if data.num_classes == 0:
+        raise InputError("model transformer needs a class for each of the images, and data.source has none; label them")
+    if options.positions == "rope":
+        raise InputError("model.positions: rope is for texts, and the data holds images; use positions: learned")
+    size = options.patch_size
+    if data.height % size or data.width % size:
+        common = math.gcd(data.height, data.width)
+        nearest = min((n for n in range(1, common + 1) if common % n == 0), key=lambda n: abs(n - size))
+        raise InputError(
+            f"model.patch_size {size} does not divide images of {data.height} x {data.width} pixels; nearest: {nearest}"
+        )

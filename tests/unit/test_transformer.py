@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dtrain.data import DataShape
-from dtrain.errors import InputError
+from dtrain.models.language import LanguageModel
 from dtrain.models.networks.attention import KeyValues, attend, rotate
 from dtrain.models.networks.cross_entropy import IGNORED, _LinearCrossEntropy, linear_cross_entropy
-from dtrain.models.networks.transformer import Transformer, choose
-from dtrain.models.transformer import LanguageModel, Options, build, describe
+from dtrain.models.networks.generation import choose
+from dtrain.models.networks.transformer import Transformer
+from dtrain.models.transformer import Options, build, describe
 from dtrain.spec.job import Train
 
 SMALL = {"num_layers": 2, "num_heads": 2, "width": 16}
@@ -273,11 +274,6 @@ def test_options_that_cannot_be_are_refused(words: dict[str, object], match: str
         Options(**{**SMALL, **words})
 
 
-def test_other_data_than_tokens_is_refused() -> None:
-    with pytest.raises(InputError, match="learns from tokens, not from images"):
-        describe(Options(), DataShape("images"))
-
-
 def test_plain_attention_in_bf16_is_torchs_attention() -> None:
     torch.manual_seed(0)
     words = [torch.randn(3, 2, 24, 16, requires_grad=True) for _ in range(3)]
@@ -348,3 +344,12 @@ def test_packed_documents_reach_the_loss() -> None:
     packed = {**batch, "documents": torch.tensor([[0] * 6 + [1] * 6] * 2)}
     assert made.loss("train", made.parts, batch) != made.loss("train", made.parts, packed)
     assert made.evaluate(made.parts, batch)["nats"] != made.evaluate(made.parts, packed)["nats"]
+
+
+def test_tied_weights_are_one_matrix() -> None:
+    shape = DataShape("tokens", vocabulary_size=50, sequence_length=12)
+    for is_tied in (True, False):
+        net = network(tie_weights=is_tied)
+        assert (net.head.weight is net.tokens.weight) == is_tied
+        size = describe(Options(**SMALL, tie_weights=is_tied), shape)
+        assert size.num_parameters == sum(p.numel() for p in net.parameters())

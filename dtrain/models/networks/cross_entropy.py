@@ -25,13 +25,21 @@ class TokenHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(padded, width))
 
     def forward(
-        self, hidden: torch.Tensor, targets: torch.Tensor | None = None, smoothing: float = 0.0
+        self,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        smoothing: float = 0.0,
+        weights: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """For `hidden` [..., w] the logits [..., vocabulary], or with `targets` [...] the sum of cross-entropies."""
+        """For `hidden` [..., w] the logits [..., vocabulary], or with `targets` [...] the sum of cross-entropies.
+
+        `weights` [...], zero where a target is `IGNORED`, say how much each of them counts.
+        """
         if targets is None:
             return F.linear(hidden, self.weight)[..., : self.vocabulary_size]
         hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-        return linear_cross_entropy(hidden, self.weight, targets, self.vocabulary_size, smoothing)
+        weights = None if weights is None else weights.reshape(-1)
+        return linear_cross_entropy(hidden, self.weight, targets, self.vocabulary_size, smoothing, weights)
 
 
 def linear_cross_entropy(
@@ -40,15 +48,17 @@ def linear_cross_entropy(
     targets: torch.Tensor,
     vocabulary_size: int,
     smoothing: float = 0.0,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Sum of cross-entropies in nats of softmax(hidden @ weight.T) against `targets`, without keeping the logits.
 
     hidden [n, w], weight [v, w] of which the first `vocabulary_size` rows count, targets [n] (`IGNORED` ones add
-    nothing). `smoothing` of each target is spread over the whole vocabulary (Szegedy et al., 2016). Gradients are made
-    chunk by chunk in the forward pass (the idea of Hsu et al., "Liger Kernel", 2024), so that memory does not grow with
-    n x v; logits are in autocast's format, the softmax in fp32.
+    nothing), each counted by `weights` [n] where they are given. `smoothing` of each target is spread over the whole
+    vocabulary (Szegedy et al., 2016). Gradients are made chunk by chunk in the forward pass (the idea of Hsu et al.,
+    "Liger Kernel", 2024), so that memory does not grow with n x v; logits are in autocast's format, the softmax in
+    fp32.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary_size, smoothing)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocabulary_size, smoothing, weights)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -63,6 +73,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets: torch.Tensor,
         vocabulary_size: int,
         smoothing: float,
+        weights: torch.Tensor | None,
     ) -> torch.Tensor:
         n, v = hidden.shape[0], weight.shape[0]
         want_hidden, want_weight = ctx.needs_input_grad[:2]
@@ -74,7 +85,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(low_weight, dtype=torch.float32) if want_weight else None
         for start in range(0, n, rows):
             part = slice(start, start + rows)
-            counted = targets[part] != IGNORED
+            counted = targets[part] != IGNORED if weights is None else weights[part]
             index = targets[part].clamp(min=0)[:, None]
             logits = F.linear(low_hidden[part], low_weight).float()
             if vocabulary_size < v:
@@ -101,9 +112,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return nats
 
     @staticmethod
-    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None, None]:
+    def backward(ctx: Any, slope: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grads = [
             None if grad is None else (grad * slope).to(dtype)
             for grad, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return grads[0], grads[1], None, None, None
+        return grads[0], grads[1], None, None, None, None

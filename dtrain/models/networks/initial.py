@@ -9,8 +9,18 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 
 def on_cpu(network: nn.Module) -> nn.Module:
-    """`network`, made on the meta device, with memory of its own that `he` is to fill."""
-    return network.to_empty(device="cpu")
+    """`network`, made on the meta device, with memory of its own that is yet to be filled; tied weights stay tied."""
+    names: dict[nn.Parameter, str] = {}
+    ties = [
+        (name, names.setdefault(parameter, name))
+        for name, parameter in network.named_parameters(remove_duplicate=False)
+    ]
+    network.to_empty(device="cpu")  # which gives every module its own, even of a parameter that two of them share
+    for name, first in ties:
+        if name != first:
+            path, _, key = name.rpartition(".")
+            setattr(network.get_submodule(path), key, network.get_parameter(first))
+    return network
 
 
 @torch.no_grad()

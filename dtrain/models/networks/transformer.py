@@ -1,6 +1,5 @@
 """The transformers of one text: a decoder that predicts the next token, an encoder that fills in hidden ones."""
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +8,9 @@ from torch import nn
 
 from dtrain.models.networks import stack
 from dtrain.models.networks.attention import KeyValues
-from dtrain.models.networks.cross_entropy import TokenHead
+from dtrain.models.networks.cross_entropy import IGNORED, TokenHead
+from dtrain.models.networks.generation import choose
+from dtrain.models.networks.norm import Norm, lowered
 from dtrain.models.networks.stack import Stack
 
 if TYPE_CHECKING:
@@ -39,8 +40,8 @@ class Transformer(nn.Module):
         inputs: torch.Tensor,
         targets: torch.Tensor | None = None,
         documents: torch.Tensor | None = None,
-        caches: list[KeyValues] | None = None,
         smoothing: float = 0.0,
+        caches: list[KeyValues] | None = None,
     ) -> torch.Tensor:
         """For `inputs` [b, t]: the logits [b, t, vocabulary], or with `targets` [b, t] the sum of cross-entropies.
 
@@ -50,7 +51,7 @@ class Transformer(nn.Module):
         """
         places = mask = None
         if documents is not None:
-            places, mask = apart(documents)
+            places, mask = apart(documents, is_causal=True)
         hidden = self.decoder(self.tokens(inputs), places, mask, caches)
         return self.head(hidden if caches is None else hidden[:, -1:], targets, smoothing)
 
@@ -92,22 +93,63 @@ class Transformer(nn.Module):
         return made
 
 
-def apart(documents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+class Encoder(nn.Module):
+    """A bidirectional transformer that fills in hidden tokens (Devlin et al., "BERT", 2018; pre-norm, one segment)."""
+
+    def __init__(self, options: "Options", vocabulary_size: int, sequence_length: int) -> None:
+        super().__init__()
+        self.options = options
+        padded = options.padded(vocabulary_size)
+        self.tokens = nn.Embedding(padded, options.width)
+        self.encoder = Stack(options, sequence_length, is_causal=False)
+        self.transform = nn.Linear(options.width, options.width, bias=options.bias)
+        self.transform_norm = Norm(options.norm, options.width, options.bias)
+        self.head = TokenHead(options.width, padded, vocabulary_size)
+        if options.tie_weights:
+            self.head.weight = self.tokens.weight
+
+    def initialise(self, seed: int) -> None:
+        """Fill every parameter and buffer, from `seed` alone."""
+        stack.initialise(self, self.options, seed)
+
+    def forward(
+        self,
+        inputs: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        documents: torch.Tensor | None = None,
+        smoothing: float = 0.0,
+        hidden_ones: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """For `inputs` [b, t]: the logits [b, t, vocabulary], or with `targets` [b, t] the sum of cross-entropies.
+
+        The sum is in nats over the targets that are not `IGNORED`: a scalar in fp32. With `hidden_ones` (bool [b, t])
+        instead, the logits at these places, [n, vocabulary]. Tokens of one of `documents` [b, t] see no other's.
+        """
+        where = None
+        if targets is not None:
+            hidden_ones = targets != IGNORED
+        if hidden_ones is not None:
+            # Before anything else: the device tells the processor how many there are, which waits for all it is doing.
+            where = hidden_ones.flatten().nonzero()[:, 0]
+        places = mask = None
+        if documents is not None:
+            places, mask = apart(documents, is_causal=False)
+        stream = self.encoder(self.tokens(inputs), places, mask)
+        if where is not None:
+            stream = stream.flatten(0, 1)[where]
+        stream = self.transform_norm(F.gelu(self.transform(lowered(stream)), approximate="tanh"))
+        return self.head(stream, None if targets is None else targets.flatten()[where], smoothing)
+
+
+def apart(documents: torch.Tensor, is_causal: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """For the document of each token (int64 [b, t]): its place in that document [b, t], and what it may look at.
 
-    The latter is a causal mask (bool [b, 1, t, t]) that ends where the document begins.
+    The latter is a mask (bool [b, 1, t, t]) that ends where the document does, and if `is_causal` at the token itself.
     """
     place = torch.arange(documents.shape[1], device=documents.device)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0), value=True)
     first = torch.where(begins, place, 0).cummax(dim=1).values
-    return place - first, (place <= place[:, None]) & (place >= first[:, :, None])[:, None]
-
-
-def choose(logits: torch.Tensor, temperature: float, top_k: int | None, generator: torch.Generator) -> int:
-    """One token from `logits` [vocabulary]: softmax at `temperature`, among the `top_k` likeliest."""
-    if temperature <= 0:
-        return int(logits.argmax())
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = torch.topk(logits, top_k).values[-1]
-        logits = logits.masked_fill(logits < least, -math.inf)
-    return int(torch.multinomial(F.softmax(logits / temperature, dim=-1), 1, generator=generator))
+    mask = first[:, :, None] == first[:, None, :]
+    if is_causal:
+        mask = mask & (place <= place[:, None])
+    return place - first, mask[:, None]
