@@ -13,7 +13,7 @@ _SPREAD = 0x5EED
 
 
 def hold_out(labels: "Sequence[int] | np.ndarray", contents: Sequence[str], fraction: float) -> "np.ndarray":
-    """True for samples to hold out (bool [n]): about `fraction` of each label, chosen by the hash of the contents.
+    """True for samples to hold out (bool [n]): about `fraction` of each label, chosen by the hashes `contents`.
 
     Does not depend on the order of the samples. Samples of equal contents are held out together, with the label that
     most of them have. Raises `InputError` when nothing, or everything, would be held out.
