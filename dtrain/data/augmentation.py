@@ -29,17 +29,19 @@ def flip_and_crop(pictures: "np.ndarray", options: Augmentation, draws: "np.ndar
     """Flipped and cropped pictures, uint8 [b, h, w, c] as given, for `draws` uint64 [b]."""
     import numpy as np
 
+    pad = options.crop_padding
+    if not (pad or options.horizontal_flip):
+        return pictures
     number, height, width, _ = pictures.shape
-    if options.horizontal_flip:
-        mirrored = uniform(draws, 1, _FLIP)[:, 0] < 0.5
-        pictures = np.where(mirrored[:, None, None, None], pictures[:, :, ::-1], pictures)
-    if pad := options.crop_padding:
-        places = (uniform(draws, 2, _CROP) * (2 * pad + 1)).astype(np.int64)
-        padded = np.pad(pictures, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-        rows = places[:, :1] + np.arange(height)
-        columns = places[:, 1:] + np.arange(width)
-        pictures = padded[np.arange(number)[:, None, None], rows[:, :, None], columns[:, None, :]]
-    return pictures
+    steps = np.where(options.horizontal_flip & (uniform(draws, 1, _FLIP)[:, 0] < 0.5), -1, 1).tolist()
+    shifts = ((uniform(draws, 2, _CROP) * (2 * pad + 1)).astype(np.int64) - pad).tolist()
+    made = np.zeros_like(pictures)
+    # Slices copied one by one: several times quicker than gathering all pixels at once by their indices.
+    for out, picture, step, (down, right) in zip(made, pictures, steps, shifts, strict=True):
+        top, left = max(-down, 0), max(-right, 0)
+        bottom, end = min(height, height - down), min(width, width - right)
+        out[top:bottom, left:end] = picture[:, ::step][top + down : bottom + down, left + right : end + right]
+    return made
 
 
 def parts(smallest: float, sizes: "np.ndarray", draws: "np.ndarray") -> "np.ndarray":

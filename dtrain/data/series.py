@@ -107,8 +107,6 @@ class SeriesSource:
     window is in a window that is trained on.
     """
 
-    is_cheap = True
-
     def __init__(self, options: Options, folder: Path) -> None:
         import numpy as np
 

@@ -136,8 +136,6 @@ def open(options: Options, cache: Path) -> "TableSource":  # noqa: A001
 class TableSource:
     """Samples are rows. Numbers have zero mean and unit variance over the training rows, the target too."""
 
-    is_cheap = True
-
     def __init__(self, options: Options, folder: Path) -> None:
         meta = read_meta(folder)
         self.fingerprint: str = folder.name

@@ -52,7 +52,6 @@ def folder(tmp_path: Path) -> Path:
 def test_digits_are_the_default_and_need_nothing(tmp_path: Path) -> None:
     assert images.describe(Options()) == DataShape("images", num_classes=10, channels=1, height=8, width=8)
     source = opened(tmp_path)
-    assert source.is_cheap
     assert source.classes == tuple("0123456789")
     train, held_out = everything(source.train), everything(source.held_out)
     assert train["images"].shape == (source.train.num_samples, 1, 8, 8)
@@ -70,6 +69,15 @@ def test_digits_are_the_default_and_need_nothing(tmp_path: Path) -> None:
     assert (abs(shares - 0.2) < 0.01).all()
     # The first few held-out samples are of all classes.
     assert len(set(held_out["labels"][:64])) == 10
+
+
+def test_planning_knows_which_batches_are_cheap() -> None:
+    words = {"source": "/p", "num_classes": 3}
+    assert images.describe(Options(augment={"horizontal_flip": True})).is_cheap
+    assert images.describe(Options(size=8, **words)).is_cheap
+    assert not images.describe(Options(size=8, decode="on_read", **words)).is_cheap
+    assert not images.describe(Options(augment={"resized_crop": 0.5})).is_cheap
+    assert not images.describe(Options(size=64, **words)).is_cheap
 
 
 def test_digits_are_scikit_learns(tmp_path: Path) -> None:
@@ -180,7 +188,6 @@ FOLDERS = {"num_classes": 3, "size": 8}
 @pytest.mark.parametrize("decode", ["once", "on_read"])
 def test_folders_are_split_by_class_and_read(tmp_path: Path, folder: Path, decode: str) -> None:
     source = opened(tmp_path / "cache", source=str(folder), decode=decode, held_out=0.3, **FOLDERS)
-    assert source.is_cheap == (decode == "once")
     assert source.classes == CLASSES
     train, held_out = everything(source.train), everything(source.held_out)
     assert np.bincount(train["labels"]).tolist() == [7, 7, 7]

@@ -82,6 +82,7 @@ def test_windows_join_past_and_future(tmp_path: Path, ramp: Path) -> None:
     batch = source.train.batch(np.array([3, 3, 60]), np.zeros(3, dtype=np.uint64))
     assert np.allclose(source.to_target(batch["inputs"][..., 0]), [[*range(3, 9)]] * 2 + [[*range(60, 66)]], atol=1e-4)
     assert np.allclose(source.to_target(batch["targets"]), [[9, 10, 11]] * 2 + [[66, 67, 68]], atol=1e-4)
+    assert np.allclose(source.to_target(batch["last"]), [8, 8, 65], atol=1e-4)
     assert np.allclose(batch["inputs"][..., 0], -batch["inputs"][..., 1])
 
 
@@ -96,7 +97,8 @@ def test_a_missing_number_is_the_one_before_where_that_is_asked_for(tmp_path: Pa
 def test_yardsticks_are_the_losses_of_those_forecasts(tmp_path: Path) -> None:
     source = opened(tmp_path, sequence_length=10, horizon=4)
     batch = everything(source.held_out)
-    last = batch["inputs"][:, -1:, source.features.index("temp_max")]
+    last = batch["last"][:, None]
+    assert (last == batch["inputs"][:, -1:, source.features.index("temp_max")]).all()
     losses = source.yardsticks()["loss"]
     assert losses["the last value again"] == pytest.approx(((batch["targets"] - last) ** 2).mean(), rel=1e-5)
     assert losses["always the mean"] == pytest.approx((batch["targets"] ** 2).mean(), rel=1e-5)
