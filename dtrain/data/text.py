@@ -6,7 +6,7 @@ import json
 import lzma
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,9 +15,10 @@ from pydantic import Field, PositiveInt
 from dtrain import component
 from dtrain.data import Dataset, DataShape, corpus
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
-from dtrain.data.tokens import TRAINING_BYTES, BytePairs, TokenizerOptions, check, learn
+from dtrain.data.tokens import TRAINING_BYTES, BytePairs, FromFile, TokenizerOptions, check, identity, learn
 from dtrain.data.tokens import load as load_tokenizer
-from dtrain.data.windows import HeldOutWindows, MaskedWindows, Windows
+from dtrain.data.tokens import resolve as resolve_tokenizer
+from dtrain.data.windows import HeldOutWindows, MaskedWindows, Windows, num_hidden
 from dtrain.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from dtrain.data.tokens import Tokenizer
 
-FORMAT = 1
+FORMAT = 2
 """Raise when the same text would be prepared differently."""
 _BATCH_BYTES = 8 * 2**20
 
@@ -58,12 +59,15 @@ def describe(options: Options) -> DataShape:
     """Vocabulary and length, without reading the text."""
     # The mask comes after the separator, so that what is prepared is the same for both objectives.
     if options.objective == "masked":
-        return DataShape("masked", options.tokenizer.vocabulary_size + 1, options.sequence_length)
+        num_targets = num_hidden(options.mask_share, options.sequence_length)
+        vocabulary_size = options.tokenizer.size_with_mask
+        return DataShape("masked", vocabulary_size, options.sequence_length, num_targets=num_targets)
     return DataShape("tokens", options.tokenizer.vocabulary_size, options.sequence_length)
 
 
 def resolve(options: Options, folder: Path) -> Options:
-    """The same options with relative paths of `source` taken from `folder`."""
+    """The same options with relative paths taken from `folder`."""
+    options = options.model_copy(update={"tokenizer": resolve_tokenizer(options.tokenizer, folder)})
     if options.source == corpus.PYTHON_STDLIB:
         return options
     paths = [options.source] if isinstance(options.source, str) else options.source
@@ -100,10 +104,15 @@ class TextSource:
         self._options = options
         self.fingerprint: str = folder.name
         """Changes with the text or how it is tokenized."""
-        self.separator = options.tokenizer.vocabulary_size - 1
+        self.separator = int(self._meta["separator"])
         """The token that precedes each document."""
-        self.mask = options.tokenizer.vocabulary_size if options.objective == "masked" else None
+        self.mask: int | None = self._meta["mask"] if options.objective == "masked" else None
         """The token that stands for hidden ones, where there are some."""
+        if options.objective == "masked" and self.mask is None:
+            raise InputError(
+                "data.objective: masked needs a token that stands for hidden ones, and data.tokenizer has none of the"
+                " name that its `mask` gives; set it to the name in its file"
+            )
         length = options.sequence_length
         train, held_out = (_tokens(folder / name, self._meta["dtype"]) for name in ("train.bin", "held_out.bin"))
         if len(train) <= length:
@@ -114,9 +123,17 @@ class TextSource:
         lengths = np.fromfile(folder / "token_bytes.bin", dtype=np.uint16)
         is_packed = options.documents == "packed"
         if options.objective == "masked":
-            words: Any = (length, options.mask_share, self.separator)
-            self.train = MaskedWindows(train, *words, has_documents=is_packed)
-            self.held_out = MaskedWindows(held_out, *words, is_held_out=True, has_documents=is_packed)
+            window: Any = partial(
+                MaskedWindows,
+                length=length,
+                share=options.mask_share,
+                separator=self.separator,
+                has_documents=is_packed,
+                mask=self.mask,
+                num_tokens=options.tokenizer.vocab_size if isinstance(options.tokenizer, FromFile) else None,
+            )
+            self.train = window(train)
+            self.held_out = window(held_out, is_held_out=True)
         else:
             separator = self.separator if is_packed else None
             context = int(length * options.held_out_context)
@@ -191,6 +208,8 @@ def _convert(options: Options, files: Sequence[corpus.File], folder: Path) -> di
     return {
         "format": FORMAT,
         "dtype": np.dtype(dtype).str,
+        "separator": tokenizer.separator,
+        "mask": tokenizer.mask,
         "train_bytes": sum(piece.size for piece in split.train),
         "held_out_bytes": len(text),
         "held_out_by": split.by,
@@ -228,7 +247,7 @@ def _batches(pieces: Sequence[corpus.Piece]) -> Iterator[list[tuple[bool, bytes]
 
 
 def _settings(options: Options) -> list[Any]:
-    return [FORMAT, options.tokenizer.model_dump(), options.held_out, options.held_out_limit]
+    return [FORMAT, identity(options.tokenizer), options.held_out, options.held_out_limit]
 
 
 def _states(files: Sequence[corpus.File]) -> list[Any]:

@@ -1,11 +1,17 @@
-"""Tokenizers: bytes as they are, or byte pairs learnt from the corpus. Both are lossless for any bytes.
+"""Tokenizers: bytes as they are, byte pairs learnt from the corpus, or a model's own from its file.
 
-Text is handed to the `tokenizers` library as Latin-1, one character a byte, so that no byte sequence is special and
-the length of a token is the number of bytes it stands for. The last number of a vocabulary is the separator, which
-stands between documents and for no byte: no text can contain it.
+The first two are lossless for any bytes: text is handed to the `tokenizers` library as Latin-1, one character a byte,
+so that no byte sequence is special and the length of a token is the number of bytes it stands for. The last number of
+their vocabulary is the separator, which stands between documents and for no byte: no text can contain it; the number
+after it hides others, for who asks. A model's own tokenizer is what its makers made it: its text is UTF-8, and its
+special tokens have numbers of their own.
 """
 
+import hashlib
+import importlib.util
+import json
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import Field
@@ -39,6 +45,10 @@ class Bytes(BaseOptions):
     def vocabulary_size(self) -> int:
         return 257
 
+    @property
+    def size_with_mask(self) -> int:
+        return 258
+
 
 class BytePairs(BaseOptions):
     """Byte-pair encoding (Sennrich et al., 2016) learnt from the training part of the corpus."""
@@ -51,14 +61,43 @@ class BytePairs(BaseOptions):
     def vocabulary_size(self) -> int:
         return self.vocab_size
 
+    @property
+    def size_with_mask(self) -> int:
+        return self.vocab_size + 1
 
-TokenizerOptions = Annotated[Bytes | BytePairs, Field(discriminator="name")]
+
+class FromFile(BaseOptions):
+    """A model's own tokenizer, for training on what others have trained."""
+
+    name: Literal["file"] = "file"
+    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    """Its tokenizer.json."""
+    vocab_size: Annotated[int, Field(ge=2, le=2**24)]
+    """Tokens it knows; checked against the file when the text is prepared."""
+    separator: Annotated[str, Field(min_length=1, max_length=256)] = "<|endoftext|>"
+    """The token that precedes each document, as the file calls it, e.g. </s> or [SEP]."""
+    mask: Annotated[str, Field(min_length=1, max_length=256)] = "[MASK]"
+    """The token that stands for hidden ones, as the file calls it; only `objective: masked` needs it."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.vocab_size
+
+    @property
+    def size_with_mask(self) -> int:
+        return self.vocab_size
+
+
+TokenizerOptions = Annotated[Bytes | BytePairs | FromFile, Field(discriminator="name")]
 
 
 class Tokenizer(Protocol):
-    """Between bytes and token numbers; `separator` is the number that stands for no byte."""
+    """Between bytes and token numbers."""
 
     separator: int
+    """The token that precedes each document and stands for no byte."""
+    mask: int | None
+    """The token that stands for hidden ones; None where there is none."""
 
     def encode(self, blocks: Sequence[bytes]) -> "list[np.ndarray]":
         """The tokens (integers, shape [n]) of each block; many blocks at once are spread over threads."""
@@ -67,7 +106,7 @@ class Tokenizer(Protocol):
         """The bytes of `tokens`, whatever they are; the separator is none."""
 
     def lengths(self) -> "np.ndarray":
-        """Bytes of each token: uint16, shape [vocabulary]."""
+        """Bytes of each token: uint16, shape [vocabulary]; zeros where a token does not stand for certain bytes."""
 
     def to_json(self) -> str:
         """What `load` makes the same tokenizer from."""
@@ -75,6 +114,7 @@ class Tokenizer(Protocol):
 
 class ByteTokenizer:
     separator = 256
+    mask: int | None = 257
 
     def encode(self, blocks: Sequence[bytes]) -> "list[np.ndarray]":
         import numpy as np
@@ -101,6 +141,7 @@ class BytePairTokenizer:
 
         self._model = model
         self.separator = vocabulary_size - 1
+        self.mask: int | None = vocabulary_size
         self._bytes = [b""] * vocabulary_size
         for token, number in model.get_vocab().items():
             self._bytes[number] = token.encode("latin-1")
@@ -122,10 +163,70 @@ class BytePairTokenizer:
         return str(self._model.to_str())
 
 
-def learn(options: Bytes | BytePairs, blocks: Iterable[bytes]) -> Tokenizer:
-    """The tokenizer `options` ask for, learnt from `blocks` of text; the same blocks give the same tokenizer."""
+class FileTokenizer:
+    """Made by `learn` or `load`; `model` is a `tokenizers.Tokenizer`."""
+
+    def __init__(self, model: Any, options: FromFile) -> None:
+        known = model.get_vocab(with_added_tokens=True)
+        size = max(known.values(), default=-1) + 1
+        if size != options.vocab_size:
+            raise InputError(
+                f"data.tokenizer.vocab_size is {options.vocab_size}, and {options.path} knows {size} tokens; set it to"
+                f" {size}"
+            )
+        if options.separator not in known:
+            special = sorted(added.content for added in model.get_added_tokens_decoder().values())
+            raise InputError(
+                f"data.tokenizer.separator: {options.path} has no token {options.separator!r}; its special ones are"
+                f" {', '.join(special[:12]) or 'none'}"
+            )
+        model.encode_special_tokens = True  # what looks like a special token in a text is text
+        self._model, self._size = model, size
+        self.separator = int(known[options.separator])
+        self.mask: int | None = known.get(options.mask)
+
+    def encode(self, blocks: Sequence[bytes]) -> "list[np.ndarray]":
+        import numpy as np
+
+        texts = [block.decode("utf-8", errors="replace") for block in blocks]
+        found = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array(one.ids, dtype=np.uint32) for one in found]
+
+    def decode(self, tokens: Iterable[int]) -> bytes:
+        kept = [int(token) for token in tokens if token != self.separator]
+        return str(self._model.decode(kept, skip_special_tokens=False)).encode()
+
+    def lengths(self) -> "np.ndarray":
+        import numpy as np
+
+        lengths = np.zeros(self._size, dtype=np.uint16)
+        if _is_byte_level(json.loads(self._model.to_str())):
+            # Its alphabet has a character for each byte (Radford et al., GPT-2, 2019).
+            for token, number in self._model.get_vocab(with_added_tokens=False).items():
+                lengths[number] = len(token)
+            for number, added in self._model.get_added_tokens_decoder().items():
+                lengths[number] = len(added.content.encode())
+            lengths[self.separator] = 0
+        return lengths
+
+    def to_json(self) -> str:
+        return str(self._model.to_str())
+
+
+def _is_byte_level(described: dict[str, Any]) -> bool:
+    decoder = described.get("decoder") or {}
+    return any(part.get("type") == "ByteLevel" for part in [decoder, *decoder.get("decoders", [])])
+
+
+def learn(options: Bytes | BytePairs | FromFile, blocks: Iterable[bytes]) -> Tokenizer:
+    """The tokenizer `options` ask for, learnt from `blocks` of text; the same blocks give the same tokenizer.
+
+    Raises `InputError` for a file that is no tokenizer, or another than `options` say.
+    """
     if isinstance(options, Bytes):
         return ByteTokenizer()
+    if isinstance(options, FromFile):
+        return load(options, _read(options).decode("utf-8", errors="replace"))
     from tokenizers import Regex, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Model
 
@@ -141,20 +242,64 @@ def learn(options: Bytes | BytePairs, blocks: Iterable[bytes]) -> Tokenizer:
     return BytePairTokenizer(model, options.vocab_size)
 
 
-def load(options: Bytes | BytePairs, text: str) -> Tokenizer:
+def load(options: Bytes | BytePairs | FromFile, text: str) -> Tokenizer:
     """The tokenizer whose `to_json` gave `text`."""
     if isinstance(options, Bytes):
         return ByteTokenizer()
     from tokenizers import Tokenizer as Model
 
-    return BytePairTokenizer(Model.from_str(text), options.vocab_size)
-
-
-def check(options: Bytes | BytePairs) -> None:
-    """Raises `InputError` when what `options` need is not installed."""
-    import importlib.util
-
-    if isinstance(options, BytePairs) and importlib.util.find_spec("tokenizers") is None:
+    if isinstance(options, BytePairs):
+        return BytePairTokenizer(Model.from_str(text), options.vocab_size)
+    try:
+        model = Model.from_str(text)
+    except Exception as error:  # the library raises no narrower one
         raise InputError(
-            "data.tokenizer: bpe needs the package 'tokenizers'; install dtrain[train], or use tokenizer: {name: bytes}"
+            f"data.tokenizer.path: {options.path} is no tokenizer.json ({error}); give the one that lies beside the"
+            " model's weights"
+        ) from None
+    return FileTokenizer(model, options)
+
+
+def check(options: Bytes | BytePairs | FromFile) -> None:
+    """Raises `InputError` when what `options` need is not installed."""
+    if not isinstance(options, Bytes) and importlib.util.find_spec("tokenizers") is None:
+        raise InputError(
+            f"data.tokenizer: {options.name} needs the package 'tokenizers'; install dtrain[train], or use tokenizer:"
+            " {name: bytes}"
         )
+
+
+def resolve(options: Bytes | BytePairs | FromFile, folder: Path) -> Bytes | BytePairs | FromFile:
+    """The same with a relative path taken from `folder`."""
+    if not isinstance(options, FromFile):
+        return options
+    return options.model_copy(update={"path": str(folder / Path(options.path).expanduser())})
+
+
+def identity(options: Bytes | BytePairs | FromFile) -> dict[str, Any]:
+    """What makes two tokenizers tokenize alike: the settings, and of a file its contents instead of its path."""
+    settings = options.model_dump()
+    if isinstance(options, FromFile):
+        settings["path"] = hashlib.sha256(_read(options)).hexdigest()
+    return settings
+
+
+def size_of(path: Path) -> int:
+    """Tokens that a tokenizer.json knows, without the library that reads it; 0 for a file that is none."""
+    try:
+        described = json.loads(path.read_text("utf-8"))
+        known = described["model"]["vocab"]
+        numbers = known.values() if isinstance(known, dict) else range(len(known))
+        return max([*numbers, *(added["id"] for added in described.get("added_tokens", []))], default=-1) + 1
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def _read(options: FromFile) -> bytes:
+    try:
+        return Path(options.path).read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"data.tokenizer.path: {options.path} cannot be read ({error.strerror}); give the tokenizer.json that lies"
+            " beside the model's weights"
+        ) from None

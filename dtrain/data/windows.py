@@ -94,11 +94,17 @@ class MaskedWindows:
         *,
         is_held_out: bool = False,
         has_documents: bool = False,
+        mask: int | None = None,
+        num_tokens: int | None = None,
     ) -> None:
-        """The mask is the token after `separator`. Raises `InputError` when there is less than one window."""
+        """`mask` is the token after `separator` by default, and random tokens are below `num_tokens`, or `separator`.
+
+        Raises `InputError` when there is less than one window.
+        """
         self._tokens = tokens
         self._length = length
         self._separator = separator
+        self._mask, self._num_tokens = mask, num_tokens
         self._num_hidden = num_hidden(share, length)
         self._is_held_out = is_held_out
         self._has_documents = has_documents
@@ -117,7 +123,7 @@ class MaskedWindows:
             indices = permute(_SPREAD, np.zeros_like(indices), indices, self.num_samples)
             draws = drawn(_SPREAD, indices.astype(np.uint64))
         tokens = self._tokens[indices[:, None] * self._length + np.arange(self._length)].astype(np.int64)
-        inputs, targets = hide(tokens, self._num_hidden, self._separator, draws)
+        inputs, targets = hide(tokens, self._num_hidden, self._separator, draws, self._mask, self._num_tokens)
         separator = self._separator if self._has_documents else None
         return {"inputs": inputs, "targets": targets, **_documents(tokens, separator)}
 
@@ -127,10 +133,18 @@ def num_hidden(share: float, length: int) -> int:
     return max(round(share * length), 1)
 
 
-def hide(tokens: "np.ndarray", count: int, separator: int, draws: "np.ndarray") -> "tuple[np.ndarray, np.ndarray]":
+def hide(
+    tokens: "np.ndarray",
+    count: int,
+    separator: int,
+    draws: "np.ndarray",
+    mask: int | None = None,
+    num_tokens: int | None = None,
+) -> "tuple[np.ndarray, np.ndarray]":
     """(inputs, targets) of `tokens` [b, t], of which `count` a row are hidden, chosen by `draws` (uint64 [b])."""
     import numpy as np
 
+    mask = separator + 1 if mask is None else mask
     b, t = tokens.shape
     # One number a token: its upper bits order the tokens, and the last ones say where it stands, so that none is equal.
     order = drawn(0, draws[:, None] + np.arange(t, dtype=np.uint64))
@@ -144,10 +158,10 @@ def hide(tokens: "np.ndarray", count: int, separator: int, draws: "np.ndarray") 
     chance = drawn(1, draws[:, None] + places.view(np.uint64))
     # 32 bits for what is shown, 32 for which token: a vocabulary is far smaller than 2**32.
     shown = (chance >> np.uint64(32)) * 2.0**-32
-    others = ((chance & np.uint64(0xFFFFFFFF)) * np.uint64(separator) >> np.uint64(32)).astype(np.int64)
+    others = ((chance & np.uint64(0xFFFFFFFF)) * np.uint64(num_tokens or separator) >> np.uint64(32)).astype(np.int64)
     inputs, targets = tokens.copy(), np.full_like(tokens, IGNORED)
     inputs[rows, places] = np.where(
-        shown < MASKED_SHARE, separator + 1, np.where(shown < MASKED_SHARE + RANDOM_SHARE, others, hidden)
+        shown < MASKED_SHARE, mask, np.where(shown < MASKED_SHARE + RANDOM_SHARE, others, hidden)
     )
     targets[rows, places] = hidden
     return inputs, targets

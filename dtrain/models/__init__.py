@@ -30,6 +30,8 @@ class ModelSize:
     """Estimate of the memory one sample needs between forward and backward, in fp32."""
     parts: tuple[str, ...] = ("model",)
     """Names of its networks."""
+    num_frozen: int = 0
+    """Numbers that are held beside the trainable ones and never change."""
 
 
 @dataclass(frozen=True)
