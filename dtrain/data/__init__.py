@@ -31,7 +31,8 @@ class DataShape:
     - `pairs`: source int64 [b, s], inputs, targets int64 [b, t]: a text and its translation; padded with -1;
     - `images`: images float32 [b, channels, height, width], about zero mean and unit variance; labels int64 [b];
     - `table`: features float32 [b, f]; targets int64 [b] (classes) or float32 [b] (a number);
-    - `series`: inputs float32 [b, t, f], targets float32 [b, horizon].
+    - `series`: inputs float32 [b, t, f], targets float32 [b, horizon] and last float32 [b]: the next values of one
+      column, and the one before them.
     """
     vocabulary_size: int = 0
     """Number of distinct tokens."""
