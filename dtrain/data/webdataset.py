@@ -131,7 +131,7 @@ class ShardSource:
 
         meta = read_meta(folder)
         self.fingerprint: str = meta["fingerprint"]
-        """Changes with the names, members and labels of the shards and with what is held out, not with where they lie."""
+        """Changes with the shards' names, members and labels and with what is held out, not with where they lie."""
         self.classes = options.classes or tuple(map(str, range(options.num_classes)))
         """What the labels stand for."""
         defaults = _IMAGENET if options.channels == 3 else tuple((sum(one) / 3,) for one in _IMAGENET)
