@@ -17,7 +17,8 @@ from dtrain.plan import Plan
 from dtrain.strategies import Prepared
 from dtrain.training.averaging import Average
 from dtrain.training.evaluate import evaluate
-from dtrain.training.feed import Feed, Mover
+from dtrain.training.feed import Feed
+from dtrain.training.loading import Loaders
 from dtrain.training.metrics import StepMetrics
 from dtrain.training.optim import learning_rate
 from dtrain.training.patience import Patience
@@ -71,6 +72,22 @@ class Place:
     worker: int
     num_workers: int
     device: torch.device
+    sharing: int = 1
+    """Neighbouring workers that compute each of their samples together, and so read the same."""
+
+    @property
+    def reader(self) -> int:
+        return self.worker // self.sharing
+
+    @property
+    def num_readers(self) -> int:
+        """Workers, or groups of them, that read samples of their own."""
+        return self.num_workers // self.sharing
+
+    @property
+    def counts(self) -> bool:
+        """Whether what this worker measures is added up: of those that share their samples the first."""
+        return self.worker % self.sharing == 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +101,7 @@ class Training:
     place: Place
     average: Average | None = None
     patience: Patience | None = None
+    loaders: Loaders | None = None
 
 
 def train(training: Training, start: int, keeper: Keeper) -> dict[str, Any]:
@@ -106,11 +124,11 @@ def train(training: Training, start: int, keeper: Keeper) -> dict[str, Any]:
         global_size=batch.global_size,
         micro=batch.micro,
         accumulation=accumulation,
-        num_workers=place.num_workers,
-        worker=place.worker,
+        num_workers=place.num_readers,
+        worker=place.reader,
     )
-    feed = Feed(training.source.train, order, place.device)
-    measure = functools.partial(_measure, training, autocast, keeper)
+    feed = Feed(training.source, order, place.device, training.loaders, passes=len(task.phases))
+    measure = functools.partial(_measure, training, feed, autocast, keeper)
     end = functools.partial(_end, training, keeper)
     step, leave, is_new = start, False, True
     if training.patience is not None and 0 < start < options.steps and start % every == 0:
@@ -128,7 +146,7 @@ def train(training: Training, start: int, keeper: Keeper) -> dict[str, Any]:
                 keeper.beat(step, micro, DATA)
                 samples = feed.micro_batch(step, micro)
                 keeper.beat(step, micro, FORWARD)
-                seed_torch(sample_seed(options.seed, step, micro, place.worker))
+                seed_torch(sample_seed(options.seed, step, micro, place.reader))
                 engine.begin(micro + 1 == accumulation)
                 with autocast:
                     loss = task.loss(phase.name, engine.parts, samples)
@@ -205,7 +223,7 @@ def _check_loss(task: Task, phase: str, loss: Any) -> None:
 
 
 def _measure(
-    training: Training, autocast: torch.autocast, keeper: Keeper, step: int, num_samples: int
+    training: Training, feed: Feed, autocast: torch.autocast, keeper: Keeper, step: int, num_samples: int
 ) -> dict[str, float]:
     """Evaluate in the precision of training, with the average of the weights where there is one, and report it."""
     place = training.place
@@ -214,13 +232,13 @@ def _measure(
         held_out = evaluate(
             training.task,
             training.prepared.evaluation_parts,
-            training.source.held_out,
-            num_samples,
+            feed.held_out,
+            min(num_samples, training.source.held_out.num_samples),
             training.plan.batch.micro,
-            place.worker,
-            place.num_workers,
-            Mover(place.device),
+            place.reader,
+            place.num_readers,
             functools.partial(_beat_evaluating, keeper, step),
+            place.counts,
         )
     keeper.report(step, {"held_out": held_out})
     return held_out

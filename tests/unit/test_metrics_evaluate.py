@@ -16,6 +16,7 @@ from torch import nn
 from dtrain.training import evaluate as module
 from dtrain.training import metrics as clock_module
 from dtrain.training.evaluate import evaluate
+from dtrain.training.feed import read
 from dtrain.training.metrics import StepMetrics
 
 CPU = torch.device("cpu")
@@ -118,6 +119,13 @@ class Numbers:
         return {"n": indices, "drawn": draws.view(np.int64)}
 
 
+def reading(dataset):
+    """As a `Feed` reads it."""
+    return lambda wanted: (
+        {name: torch.from_numpy(array) for name, array in read(dataset, *samples).items()} for samples in wanted
+    )
+
+
 class Task:
     def __init__(self):
         self.seen, self.drawn = [], {}
@@ -137,10 +145,8 @@ class Task:
 def run(num_samples, limit, batch_size, worker=0, num_workers=1, task=None):
     task, beats, parts = task or Task(), [], {"main": nn.Dropout()}
     num_before = len(task.seen)
-    found = evaluate(
-        task, parts, Numbers(num_samples), limit, batch_size, worker, num_workers,
-        lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}, beats.append,
-    )  # fmt: skip
+    read = reading(Numbers(num_samples))
+    found = evaluate(task, parts, read, min(limit, num_samples), batch_size, worker, num_workers, beats.append)
     assert all(part.training for part in parts.values())
     assert beats == list(range(len(task.seen) - num_before))
     return task.seen, found
@@ -167,9 +173,7 @@ def test_draws_belong_to_a_sample_whatever_the_batch_and_the_worker():
 def test_sums_are_exact_beyond_fp32():
     task, big = Task(), Numbers(3)
     big.batch = lambda indices, draws: {"n": indices + 2**24, "drawn": draws.view(np.int64)}
-    found = evaluate(
-        task, {}, big, 3, 1, 0, 1, lambda a: {k: torch.from_numpy(v) for k, v in a.items()}, lambda _: None
-    )
+    found = evaluate(task, {}, reading(big), 3, 1, 0, 1, lambda _: None)
     assert found["sum"] == 3 * 2**24 + 3
 
 
@@ -195,7 +199,7 @@ TOGETHER = """
     import json, os, sys
     import torch, torch.distributed as dist
     sys.path.insert(0, sys.argv[1])
-    from test_metrics_evaluate import Numbers, Task
+    from test_metrics_evaluate import Numbers, Task, reading
     from dtrain.training.evaluate import evaluate
     from dtrain.training.metrics import StepMetrics
     num_workers = 3
@@ -203,8 +207,9 @@ TOGETHER = """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     store = dist.FileStore(sys.argv[2], num_workers)
     dist.init_process_group("gloo", store=store, rank=worker, world_size=num_workers)
-    move = lambda arrays: {k: torch.from_numpy(v) for k, v in arrays.items()}
-    found = [evaluate(Task(), {}, Numbers(n), n, 2, worker, num_workers, move, lambda _: None) for n in (10, 3, 2, 1)]
+    found = [
+        evaluate(Task(), {}, reading(Numbers(n)), n, 2, worker, num_workers, lambda _: None) for n in (10, 3, 2, 1)
+    ]
     metrics = StepMetrics(torch.device("cpu"), ["train"], 1, 0)
     metrics.add("train", torch.tensor(float(worker)))
     metrics.end_step(torch.tensor(4.0))
