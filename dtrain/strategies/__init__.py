@@ -4,6 +4,9 @@
 - `check(options, job, workers, size) -> None`: raises `InputError` for what it cannot do, at plan time, naming the
   alternative;
 - `prepare(task, plan, device, make_optimizer) -> Prepared`: spreads the parts, and makes one engine a phase.
+
+A fourth is needed only where neighbouring workers compute each of their samples together: `sharing(options) -> int`,
+how many do; they read the same samples.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence

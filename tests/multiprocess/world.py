@@ -109,7 +109,9 @@ class Cell:
             "evaluate": {"every_steps": None},
             "strategy": dict(self.strategy),
         }
-        machine = Machine(num_cores=8, memory_gib=8.0)
+        # As many cores as workers, so that each computes with one thread: two that wait for each other on one core
+        # take a hundred times as long.
+        machine = Machine(num_cores=self.num_workers // self.num_nodes, memory_gib=8.0)
         # The words of the job are those of text; what the model is told of its data is the cell's shape.
         with mock.patch.object(text, "describe", lambda options: shape):
             readers = make_plan(JobSpec.model_validate(job), workers, machine).batch
@@ -354,6 +356,9 @@ class Source:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(str(token) for token in tokens)
+
+    def to_pixels(self, pictures: np.ndarray) -> np.ndarray:
+        return (np.clip(pictures.transpose(0, 2, 3, 1) * 0.25 + 0.5, 0.0, 1.0) * 255).astype(np.uint8)
 
 
 class Keeper:
