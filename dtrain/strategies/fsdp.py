@@ -15,13 +15,12 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed.device_mesh import DeviceMesh
 
+    from dtrain import footprint
     from dtrain.models import ModelSize, Task
     from dtrain.plan import Plan, Workers
     from dtrain.spec.job import JobSpec
     from dtrain.strategies import MakeOptimizer, Prepared
     from dtrain.strategies.mesh import Mesh
-
-NODES = "nodes"
 
 
 class Options(component.Options):
@@ -58,10 +57,9 @@ def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize
     readers = workers.total // options.tensor_parallel
     copies = _copies(options, workers)
     if readers % copies:
-        near = min((n for n in range(1, readers + 1) if readers % n == 0), key=lambda n: abs(n - copies))
         raise InputError(
             f"strategy.replicate {copies} does not divide the {_of(readers, options)} that shard the model;"
-            f" nearest: {near}"
+            f" nearest: {_nearest_divisor(readers, copies)}"
         )
     if copies == readers > 1:
         raise InputError(
@@ -80,6 +78,22 @@ def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize
 def sharing(options: Options) -> int:
     """Workers that compute each of their samples together."""
     return options.tensor_parallel
+
+
+def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accumulation: int) -> "footprint.Bytes":
+    """Everything is divided by the workers that share a copy; gradients that wait for the last micro batch are not."""
+    from dtrain import footprint
+
+    if options.cpu_offload:
+        return footprint.Bytes(trained=0.0, frozen=0.0, average=0.0)
+    shards = max(workers.total // _copies(options, workers), 1)
+    waiting = 4.0 if accumulation > 1 and not options.reduce_each_micro_batch else 0.0
+    divided = footprint.replicated(job)
+    return footprint.Bytes(
+        trained=(divided.trained - waiting) / shards + waiting / options.tensor_parallel,
+        frozen=divided.frozen / shards,
+        average=divided.average / shards,
+    )
 
 
 def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
@@ -201,18 +215,16 @@ def _computes_low(module: "nn.Module") -> bool:
 
 
 def _copies(options: Options, workers: "Workers") -> int:
-    return workers.num_nodes if options.replicate == NODES else options.replicate
+    return workers.num_nodes if isinstance(options.replicate, str) else options.replicate
 
 
 def _check_tensor_parallel(size: int, job: "JobSpec", workers: "Workers") -> None:
     if size == 1:
         return
     if workers.per_node % size:
-        near = min(
-            (n for n in range(1, workers.per_node + 1) if workers.per_node % n == 0), key=lambda n: abs(n - size)
-        )
         raise InputError(
-            f"strategy.tensor_parallel {size} does not divide the {workers.per_node} workers of a node; nearest: {near}"
+            f"strategy.tensor_parallel {size} does not divide the {workers.per_node} workers of a node;"
+            f" nearest: {_nearest_divisor(workers.per_node, size)}"
         )
     if job.model.name == "custom":
         return  # its own Task.tensor_parallel says, once it is built
@@ -228,6 +240,10 @@ def _check_tensor_parallel(size: int, job: "JobSpec", workers: "Workers") -> Non
                 f"strategy.tensor_parallel {size} does not divide {what} {count} of model {job.model.name};"
                 " choose one that does"
             )
+
+
+def _nearest_divisor(number: int, to: int) -> int:
+    return min((n for n in range(1, number + 1) if number % n == 0), key=lambda n: abs(n - to))
 
 
 def _of(readers: int, options: Options) -> str:

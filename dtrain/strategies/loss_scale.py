@@ -1,7 +1,8 @@
 """Loss scaling for fp16, whose smallest numbers are larger than many gradients.
 
-Source: Micikevicius et al., "Mixed precision training", 2018; the constants are those of `torch.amp.GradScaler`. Whether
-a step is taken is decided by the norm of all gradients, which every worker knows alike, so all skip the same steps.
+Source: Micikevicius et al., "Mixed precision training", 2018; the constants are those of `torch.amp.GradScaler`.
+Whether a step is taken is decided by the norm of all gradients, which every worker knows alike, so all skip the same
+steps.
 """
 
 import torch
