@@ -32,7 +32,7 @@ def flip_and_crop(pictures: "np.ndarray", options: Augmentation, draws: "np.ndar
     pad = options.crop_padding
     if not (pad or options.horizontal_flip):
         return pictures
-    number, height, width, _ = pictures.shape
+    _, height, width, _ = pictures.shape
     steps = np.where(options.horizontal_flip & (uniform(draws, 1, _FLIP)[:, 0] < 0.5), -1, 1).tolist()
     shifts = ((uniform(draws, 2, _CROP) * (2 * pad + 1)).astype(np.int64) - pad).tolist()
     made = np.zeros_like(pictures)

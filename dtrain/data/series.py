@@ -153,7 +153,7 @@ class Windows:
         self.num_samples = len(target) - sequence_length - horizon + 1
 
     def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
-        """inputs, float32 [b, t, f]; last, float32 [b], the target at the last of them; targets, float32 [b, horizon]."""
+        """inputs, float32 [b, t, f]; last, float32 [b], the target at their end; targets, float32 [b, horizon]."""
         starts = (indices if self._starts is None else self._starts[indices])[:, None]
         past, future = starts + self._past, starts + self._future
         return {"inputs": self._inputs[past], "last": self._target[past[:, -1]], "targets": self._target[future]}

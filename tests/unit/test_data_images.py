@@ -11,11 +11,12 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from dtrain.data import DataShape, images, pictures
+from dtrain.data import DataShape, images, pictures, pixels
 from dtrain.data.augmentation import Augmentation, flip_and_crop, parts
 from dtrain.data.chance import uniform
-from dtrain.data.images import ImageSource, Options
+from dtrain.data.images import Options
 from dtrain.data.order import draws
+from dtrain.data.pixels import ImageSource
 from dtrain.errors import InputError, TrainingError
 
 CLASSES = ("ant", "bee", "cat")
@@ -27,7 +28,7 @@ def opened(cache: Path, **words: object) -> ImageSource:
     return images.open(options, cache)
 
 
-def everything(dataset: images.Kept | images.Decoded) -> dict[str, np.ndarray]:
+def everything(dataset: pixels.Kept | pixels.Decoded) -> dict[str, np.ndarray]:
     return dataset.batch(np.arange(dataset.num_samples), draws(0, np.arange(dataset.num_samples, dtype=np.uint64)))
 
 
