@@ -81,23 +81,30 @@ def header(path: str) -> list[str]:
     return names
 
 
-class Table:
-    """Chosen columns of one file. Raises `InputError` for a missing one, and when there is no row."""
+def read(path: str, names: Sequence[str]) -> "Table":
+    """Columns of a file. Raises `InputError` when it cannot be read, and what `Table` raises."""
+    check(path, names, header(path))
+    return Table(path, _read(path, names), 1 if _is_parquet(path) else 2)
 
-    def __init__(self, path: str, names: Sequence[str]) -> None:
-        self._path = path
-        known = header(path)
-        for name in names:
-            if name not in known:
-                raise InputError(
-                    f"data: {path} has no column {name!r}{component.suggestion(name, known)};"
-                    " name another, or take it out of the job"
-                )
-        self._first = 1 if _is_parquet(path) else 2
-        self._columns = _read(path, names)
-        self.num_rows: int = self._columns.num_rows
+
+def check(where: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Raises `InputError` for a column that is not there."""
+    for name in names:
+        if name not in known:
+            raise InputError(
+                f"data: {where} has no column {name!r}{component.suggestion(name, known)};"
+                " name another, or take it out of the job"
+            )
+
+
+class Table:
+    """Columns of `where`, whose first row has the number `first`. Raises `InputError` when there is no row."""
+
+    def __init__(self, where: str, columns: "pa.Table", first: int) -> None:
+        self._path, self._columns, self._first = where, columns, first
+        self.num_rows: int = columns.num_rows
         if not self.num_rows:
-            raise InputError(f"data.source: {path} has a header and no row; give it some")
+            raise InputError(f"data.source: {where} has columns and no row; give it some")
 
     def numbers(self, name: str, may_miss: bool = False) -> "np.ndarray":
         """A column as numbers, float64 [rows], NaN where one is missing. Raises `InputError` for the first bad cell."""

@@ -229,7 +229,7 @@ def _convert(options: Options, path: str, folder: Path) -> dict[str, Any]:
 
     assert options.target is not None and options.features is not None
     names = list(dict.fromkeys([*options.features, options.target]))
-    table = columns.Table(path, [*names, *([options.time] if options.time else [])])
+    table = columns.read(path, [*names, *([options.time] if options.time else [])])
     if options.time:
         table.check_order(options.time)
     values = np.stack([table.numbers(name, may_miss=options.missing == "previous") for name in names], axis=1)

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,7 +13,7 @@ from pydantic import Field, PositiveInt
 
 from dtrain import component
 from dtrain.data import DataShape, columns
-from dtrain.data.holding import hold_out, shuffled
+from dtrain.data.holding import absent_from, hold_out, shuffled
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.prepared import read_meta
 from dtrain.errors import InputError
@@ -129,14 +128,13 @@ def prepare(options: Options, cache: Path) -> None:
 def open(options: Options, cache: Path) -> "TableSource":  # noqa: A001
     """The prepared table, prepared now when it was not yet. Raises what `prepare` raises."""
     options = _with_features(_complete(options))
-    folder = find(cache, "table", _settings(options), _paths(options))
-    return TableSource(options, folder or _prepare(options, cache))
+    return TableSource(find(cache, "table", _settings(options), _paths(options)) or _prepare(options, cache))
 
 
 class TableSource:
     """Samples are rows. Numbers have zero mean and unit variance over the training rows, the target too."""
 
-    def __init__(self, options: Options, folder: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         meta = read_meta(folder)
         self.fingerprint: str = folder.name
         """Changes with the rows, the columns chosen and what is held out."""
@@ -253,12 +251,15 @@ def _settings(options: Options) -> list[Any]:
 
 def _prepare(options: Options, cache: Path) -> Path:
     paths = _paths(options)
-    convert = partial(_convert, options, paths)
-    return keep(cache, "table", _settings(options), paths, lambda: [sha256(path) for path in paths], convert)
+
+    def make(folder: Path) -> dict[str, Any]:
+        return convert(options, _known(options, paths) if options.source in _KNOWN else _read(options, paths), folder)
+
+    return keep(cache, "table", _settings(options), paths, lambda: [sha256(path) for path in paths], make)
 
 
 @dataclass
-class _Raw:
+class Raw:
     """Columns as they were read."""
 
     numbers: "np.ndarray"
@@ -266,12 +267,14 @@ class _Raw:
     words: dict[str, list[str]] = field(default_factory=dict)
     target: "list[str] | np.ndarray" = field(default_factory=list)
     """Words for classes, float64 [n] for a number."""
+    num_train: int | None = None
+    """Rows before the held-out ones, where the data says which those are."""
 
 
-def _convert(options: Options, paths: Sequence[str], folder: Path) -> dict[str, Any]:
+def convert(options: Options, raw: Raw, folder: Path) -> dict[str, Any]:
+    """Fill `folder` with rows, as `prepared` asks for. Raises `InputError` where too few are left for either part."""
     import numpy as np
 
-    raw = _known(options, paths) if options.source in _KNOWN else _read(options, paths)
     number = len(raw.numbers)
     classes, targets = _targets(options, raw)
     words = ["\0".join(row) for row in zip(*raw.words.values(), strict=True)] if raw.words else [""] * number
@@ -279,22 +282,31 @@ def _convert(options: Options, paths: Sequence[str], folder: Path) -> dict[str, 
         hashlib.blake2b(row.tobytes() + word.encode(), digest_size=16).hexdigest()
         for row, word in zip(raw.numbers, words, strict=True)
     ]
-    held = hold_out(targets if classes else np.zeros(number, dtype=np.int64), rows, options.held_out)
-    mean, std = _moments(raw.numbers[~held])
+    if raw.num_train is None:
+        held = hold_out(targets if classes else np.zeros(number, dtype=np.int64), rows, options.held_out)
+        trained = ~held
+    else:
+        held = np.arange(number) >= raw.num_train
+        trained = ~held & absent_from(rows, rows[raw.num_train :])
+    if not trained.any():
+        raise InputError(
+            f"data.source: every row of {_shown(options.source)} is also held out; give others to train on"
+        )
+    mean, std = _moments(raw.numbers[trained])
     parts = [np.where(np.isnan(raw.numbers), 0.0, (raw.numbers - mean) / std)]
     features = list(options.features or ())
     for name, size in options.categories.items():
-        count = Counter(word for word, is_held in zip(raw.words[name], held, strict=True) if not is_held and word)
+        count = Counter(word for word, is_one in zip(raw.words[name], trained, strict=True) if is_one and word)
         vocabulary = sorted(count, key=lambda word: (-count[word], word))[:size]
         places = {word: place for place, word in enumerate(vocabulary)}
         codes = np.array([places.get(word, size) for word in raw.words[name]])
         parts.append(np.eye(size + 1)[codes][:, :size])
         features += [f"{name}={word}" for word in vocabulary] + [f"{name}=?"] * (size - len(vocabulary))
     table = np.concatenate(parts, axis=1).astype(np.float32)
-    center, scale = (0.0, 1.0) if classes else (float(v[0]) for v in _moments(targets[~held][:, None]))
+    center, scale = (0.0, 1.0) if classes else (float(v[0]) for v in _moments(targets[trained][:, None]))
     if not classes:
         targets = ((targets - center) / scale).astype(np.float32)
-    train, out = np.flatnonzero(~held), np.flatnonzero(held)[shuffled(int(held.sum()))]
+    train, out = np.flatnonzero(trained), np.flatnonzero(held)[shuffled(int(held.sum()))]
     for part, numbers in (("train", train), ("held_out", out)):
         table[numbers].tofile(folder / f"{part}.bin")
         targets[numbers].tofile(folder / f"{part}_targets.bin")
@@ -309,28 +321,32 @@ def _convert(options: Options, paths: Sequence[str], folder: Path) -> dict[str, 
     }
 
 
-def _read(options: Options, paths: Sequence[str]) -> _Raw:
+def _read(options: Options, paths: Sequence[str]) -> Raw:
+    assert options.target is not None and options.features is not None
+    names = [*options.features, *options.categories, options.target]
+    return joined(options, [columns.read(path, names) for path in paths])
+
+
+def joined(options: Options, tables: Sequence[columns.Table]) -> Raw:
+    """The rows of several tables. Raises `InputError` for a cell that is not as the options say."""
     import numpy as np
 
     assert options.target is not None and options.features is not None
-    raw = _Raw(np.empty(0), {name: [] for name in options.categories})
     numbers: list[np.ndarray] = []
+    words: dict[str, list[str]] = {name: [] for name in options.categories}
     targets: list[Any] = []
-    for path in paths:
-        table = columns.Table(path, [*options.features, *options.categories, options.target])
+    for table in tables:
         found = [table.numbers(name, may_miss=options.missing == "mean") for name in options.features]
         numbers.append(np.stack(found, axis=1) if found else np.empty((table.num_rows, 0)))
         for name in options.categories:
-            raw.words[name] += table.words(name)
+            words[name] += table.words(name)
         targets += (
             table.words(options.target, may_miss=False) if options.num_classes else [table.numbers(options.target)]
         )
-    raw.numbers = np.concatenate(numbers)
-    raw.target = targets if options.num_classes else np.concatenate(targets)
-    return raw
+    return Raw(np.concatenate(numbers), words, targets if options.num_classes else np.concatenate(targets))
 
 
-def _known(options: Options, paths: Sequence[str]) -> _Raw:
+def _known(options: Options, paths: Sequence[str]) -> Raw:
     import numpy as np
 
     assert isinstance(options.source, str)
@@ -338,14 +354,14 @@ def _known(options: Options, paths: Sequence[str]) -> _Raw:
     chosen = [known.features.index(name) for name in options.features or ()]
     if known.num_classes is None:
         data, target = (np.loadtxt(path) for path in paths)
-        return _Raw(data[:, chosen], target=target)
+        return Raw(data[:, chosen], target=target)
     with Path(paths[0]).open() as stream:
         names = stream.readline().strip().split(",")[2:]
         data = np.loadtxt(stream, delimiter=",")
-    return _Raw(data[:, chosen], target=[names[int(label)] for label in data[:, -1]])
+    return Raw(data[:, chosen], target=[names[int(label)] for label in data[:, -1]])
 
 
-def _targets(options: Options, raw: _Raw) -> "tuple[list[str], np.ndarray]":
+def _targets(options: Options, raw: Raw) -> "tuple[list[str], np.ndarray]":
     """The classes, in order, and what to predict: int64 [n], or float64 [n] with no classes."""
     import numpy as np
 

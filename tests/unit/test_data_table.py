@@ -254,7 +254,7 @@ def test_options_out_of_bounds_are_refused(words: dict) -> None:
     ("data", "words", "message"),
     [
         ("", {}, r"t.csv is empty; give a file with a header and rows"),
-        ("a,b,y\n", {}, r"t.csv has a header and no row"),
+        ("a,b,y\n", {}, r"t.csv has columns and no row"),
         ("a,a,y\n1,2,3\n", {}, r"t.csv has more than one column 'a'"),
         ("a,b,z\n1,2,3\n", {}, r"data.target: .*t.csv has no column 'y'; there is: a, b, z"),
         ("a,b,y\n1,2,3\n", {"features": ["a", "bb"]}, r"t.csv has no column 'bb'; .*; name another, or take it out"),
