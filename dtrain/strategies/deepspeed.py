@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+    from dtrain import footprint
     from dtrain.models import ModelSize, Task
     from dtrain.plan import Plan, Workers
     from dtrain.spec.job import JobSpec
@@ -68,8 +69,25 @@ def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize
         )
 
 
+def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accumulation: int) -> "footprint.Bytes":
+    """The stages divide one thing after the other; a weight that is computed with in bf16 has an fp32 copy besides."""
+    from dtrain import footprint
+
+    del accumulation  # gradients wait where they are divided
+    divided, has_host = 1.0 / workers.total, workers.device == "cuda"
+    weight = 2.0 if job.train.precision == "bf16" else 4.0
+    held = 0.0 if options.offload_parameters and has_host else weight * (divided if options.stage == 3 else 1.0)
+    gradient = 4.0 * (divided if options.stage >= 2 else 1.0)
+    updated = (4.0 + footprint.optimizer_bytes(job)) * divided
+    if options.offload_optimizer != "none" and has_host:
+        updated = 0.0
+        gradient = gradient if options.stage == 1 else 0.0
+    return footprint.Bytes(trained=held + gradient + updated, frozen=held, average=4.0 * divided)
+
+
 def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
     """One DeepSpeed engine a phase, each dividing the parts that its phase trains."""
+    from dtrain.models.networks.batch_norm import synchronise
     from dtrain.strategies import Prepared, zero_state
     from dtrain.strategies.engine import restructure, trained_parameters
     from dtrain.strategies.zero_engine import Root, ZeroEngine, called
@@ -88,6 +106,9 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
             " shape [1], or use strategy: {name: deepspeed, stage: 2}"
         )
     restructure(task, plan)
+    if plan.train.precision != "fp32":
+        for part in task.parts.values():
+            synchronise(part)  # also of one worker: torch's own batch norm does not take weights that are rounded
     for name, part in task.parts.items():
         if name not in owners:
             part.to(device)

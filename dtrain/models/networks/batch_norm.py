@@ -20,17 +20,23 @@ class SynchronisedBatchNorm(_BatchNorm):
             raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+        num_workers = dist.get_world_size() if self.training and dist.is_initialized() else 1
+        # torch's own takes weights in the format of its statistics only; ZeRO rounds weights, and not statistics.
+        if num_workers == 1 and (not self.affine or self.weight.dtype == torch.float32):
             return super().forward(input)
         dims = [d for d in range(input.dim()) if d != 1]
         shape = [1, -1] + [1] * (input.dim() - 2)
         values = input.float()
-        count = values.numel() // values.shape[1] * dist.get_world_size()
-        mean = _Sum.apply(values.sum(dims)) / count
-        centred = values - mean.view(shape)
-        variance = _Sum.apply((centred * centred).sum(dims)) / count
-        if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
-            self._remember(mean.detach(), variance.detach(), count)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            centred, variance = values - self.running_mean.view(shape), self.running_var
+        else:
+            count = values.numel() // values.shape[1] * num_workers
+            total = _Sum.apply if num_workers > 1 else _alone
+            mean = total(values.sum(dims)) / count
+            centred = values - mean.view(shape)
+            variance = total((centred * centred).sum(dims)) / count
+            if self.training and self.track_running_stats and self.running_mean is not None:
+                self._remember(mean.detach(), variance.detach(), count)
         made = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             made = made * self.weight.view(shape) + self.bias.view(shape)
@@ -42,6 +48,11 @@ class SynchronisedBatchNorm(_BatchNorm):
         share = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
         self.running_mean.lerp_(mean, share)  # type: ignore[union-attr]
         self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)  # type: ignore[union-attr]
+
+
+def _alone(value: torch.Tensor) -> torch.Tensor:
+    """The sum over one worker."""
+    return value
 
 
 class _Sum(torch.autograd.Function):
