@@ -9,6 +9,7 @@ from tests.benchmarks import harness
 BENCHMARKS = {
     "help": "command",
     "step": "step",
+    "strategies": "strategies",
     "startup": "startup",
     "recovery": "recovery",
     "recovery-soak": "soak",

@@ -9,62 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from dtrain import component
 from dtrain.checkpoint.pieces import Piece
-from dtrain.data import cache
-from dtrain.data.order import Order
 from dtrain.runtime.rank import Keeper
-
-
-class HandWritten:
-    """The same training by hand: the same network, data, order, fused optimizer and clipping, and nothing around it."""
-
-    def __init__(self, plan: Any, worker: int, num_workers: int) -> None:
-        data: Any = component.load("data", plan.data.name)
-        model: Any = component.load("models", plan.model.name)
-        self.network = model.build(plan.model, data.describe(plan.data), plan.train).parts["model"]
-        self.model = DistributedDataParallel(self.network, gradient_as_bucket_view=True)
-        self.parameters = list(self.network.parameters())
-        groups = [
-            {"params": [p for p in self.parameters if p.ndim >= 2], "weight_decay": plan.optimizer.weight_decay},
-            {"params": [p for p in self.parameters if p.ndim < 2], "weight_decay": 0.0},
-        ]
-        o = plan.optimizer
-        self.optimizer = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, eps=o.eps, fused=True)
-        self._max_norm = plan.train.clip_grad_norm
-        self._every = plan.train.log_every_steps
-        self._data = data.open(plan.data, cache.folder()).train
-        self._log = open(os.devnull, "w", buffering=1)  # noqa: SIM115 - as long as the process
-        batch = plan.batch
-        assert batch.accumulation == 1
-        # All that could be known beforehand is known: the order costs this loop nothing.
-        order = Order(
-            seed=plan.train.seed,
-            num_samples=self._data.num_samples,
-            global_size=batch.global_size,
-            micro=batch.micro,
-            accumulation=1,
-            num_workers=num_workers,
-            worker=worker,
-        )
-        self._order = [order.micro_batch(step, 0) for step in range(plan.train.steps)]
-        self._done = 0
-
-    def run(self, num_steps: int) -> None:
-        for _ in range(num_steps):
-            arrays = self._data.batch(*self._order[self._done])
-            inputs, targets = torch.from_numpy(arrays["inputs"]), torch.from_numpy(arrays["targets"])
-            loss = self.model(inputs, targets) / targets.numel()
-            loss.backward()
-            nn.utils.clip_grad_norm_(self.parameters, self._max_norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            self._done += 1
-            if self._done % self._every == 0:
-                self._log.write(f"{self._done} {loss.item()}\n")
+from tests.benchmarks import byhand
 
 
 class StepKeeper(Keeper):
@@ -77,7 +25,7 @@ class StepKeeper(Keeper):
     def attach(self, snapshot: Any, state: Sequence[Piece], completed: int) -> None:
         super().attach(snapshot, state, completed)
         self._state = {piece.name: piece.tensor for piece in state}
-        self._rival = HandWritten(self._plan, self._place.worker, self._place.num_workers)
+        self._rival = byhand.rival(self._plan, self._place.worker, self._place.num_workers)
         self._block = 0
         self._left = self.WARM_STEPS
         self._since: float | None = None
@@ -115,11 +63,14 @@ class StepKeeper(Keeper):
 
     def commit(self, step: int, held_out: Mapping[str, float] | None) -> None:
         if step == self._plan.train.steps:
-            # Both have trained alike: after as many steps the weights must be the same, to the last bit.
-            self._rival.run(step - self._rival._done)
-            live = [tensor for name, tensor in self._state.items() if name.startswith("model.")]
-            is_equal = all(map(torch.equal, live, self._rival.network.state_dict().values()))
-            _write(self, {**self._times, "is_equal": is_equal, "work": self._work})
+            # Both have trained alike: after as many steps the weights must be the same.
+            self._rival.run(step - self._rival.done)
+            live = {name: tensor for name, tensor in self._state.items() if name.startswith("model.model.")}
+            theirs = self._rival.weights()
+            difference = None  # where the rival's weights cannot be laid beside ours piece by piece
+            if theirs is not None:
+                difference = max(float((t.detach() - theirs[name[12:]]).abs().max()) for name, t in live.items())
+            _write(self, {**self._times, "difference": difference, "work": self._work})
         super().commit(step, held_out)
 
 

@@ -6,6 +6,7 @@ dtrain's side has all a real run has: signs of life, a snapshot every ten steps,
 from tests.benchmarks import inside
 from tests.benchmarks.harness import Figure, paired
 from tests.benchmarks.running import workplace
+from tests.benchmarks.strategies import alike
 
 TARGETS = {"medium": 1.02, "small": 1.05}
 STEPS = {"medium": 400, "small": 12000}
@@ -21,7 +22,7 @@ def measure(*, is_quick: bool) -> list[Figure]:
             plan = place.plan(job, f"train.steps={steps}")
             measured = inside.run(plan, KEEPER, place.folder / "zygote")
             ours, theirs = measured["ours"], measured["theirs"]
-            note = "weights equal bit for bit" if measured["is_equal"] else "WEIGHTS DIFFER"
-            note += f"; processor time {measured['work']['ours'] / measured['work']['theirs']:.3f}"
+            note = alike(measured["difference"])
+            note += f"processor time {measured['work']['ours'] / measured['work']['theirs']:.3f}"
             figures.append(paired(f"dtrain : hand-written, {job} step", ours, theirs, target, note))
     return figures
