@@ -84,7 +84,7 @@ def _check(data: DataShape) -> None:
     if data.kind not in ("images", "table"):
         raise InputError(
             f"model autoencoder learns from images or a table, not from {data.kind}; use data: {{name: images}} or"
-            " {name: tabular}"
+            " {name: table}"
         )
 
 

@@ -73,7 +73,7 @@ def _ends(options: Options, data: DataShape) -> tuple[int, int]:
         num_inputs = math.prod((data.channels, data.height, data.width))
     else:
         raise InputError(
-            f"model mlp learns from a table or images, not from {data.kind}; use data: {{name: tabular}} or"
+            f"model mlp learns from a table or images, not from {data.kind}; use data: {{name: table}} or"
             " {name: images}"
         )
     if data.num_classes == 0:
