@@ -13,7 +13,7 @@ from pydantic import Field, PositiveInt
 
 from dtrain import component
 from dtrain.data import DataShape, columns
-from dtrain.data.holding import absent_from, hold_out, shuffled
+from dtrain.data.holding import hold_out, shuffled
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.prepared import read_meta
 from dtrain.errors import InputError
@@ -284,29 +284,23 @@ def convert(options: Options, raw: Raw, folder: Path) -> dict[str, Any]:
     ]
     if raw.num_train is None:
         held = hold_out(targets if classes else np.zeros(number, dtype=np.int64), rows, options.held_out)
-        trained = ~held
     else:
-        held = np.arange(number) >= raw.num_train
-        trained = ~held & absent_from(rows, rows[raw.num_train :])
-    if not trained.any():
-        raise InputError(
-            f"data.source: every row of {_shown(options.source)} is also held out; give others to train on"
-        )
-    mean, std = _moments(raw.numbers[trained])
+        held = np.arange(number) >= raw.num_train  # as it is: of few values, different things may have equal rows
+    mean, std = _moments(raw.numbers[~held])
     parts = [np.where(np.isnan(raw.numbers), 0.0, (raw.numbers - mean) / std)]
     features = list(options.features or ())
     for name, size in options.categories.items():
-        count = Counter(word for word, is_one in zip(raw.words[name], trained, strict=True) if is_one and word)
+        count = Counter(word for word, is_held in zip(raw.words[name], held, strict=True) if not is_held and word)
         vocabulary = sorted(count, key=lambda word: (-count[word], word))[:size]
         places = {word: place for place, word in enumerate(vocabulary)}
         codes = np.array([places.get(word, size) for word in raw.words[name]])
         parts.append(np.eye(size + 1)[codes][:, :size])
         features += [f"{name}={word}" for word in vocabulary] + [f"{name}=?"] * (size - len(vocabulary))
     table = np.concatenate(parts, axis=1).astype(np.float32)
-    center, scale = (0.0, 1.0) if classes else (float(v[0]) for v in _moments(targets[trained][:, None]))
+    center, scale = (0.0, 1.0) if classes else (float(v[0]) for v in _moments(targets[~held][:, None]))
     if not classes:
         targets = ((targets - center) / scale).astype(np.float32)
-    train, out = np.flatnonzero(trained), np.flatnonzero(held)[shuffled(int(held.sum()))]
+    train, out = np.flatnonzero(~held), np.flatnonzero(held)[shuffled(int(held.sum()))]
     for part, numbers in (("train", train), ("held_out", out)):
         table[numbers].tofile(folder / f"{part}.bin")
         targets[numbers].tofile(folder / f"{part}_targets.bin")
