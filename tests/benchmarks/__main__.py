@@ -14,6 +14,7 @@ BENCHMARKS = {
     "recovery": "recovery",
     "recovery-soak": "soak",
     "checkpoint": "checkpoint",
+    "data": "data",
 }
 """Name on the command line, and the module here whose `measure(is_quick=...)` returns figures."""
 
