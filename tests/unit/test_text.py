@@ -452,7 +452,7 @@ def test_held_out_tokens_are_hidden_alike_each_time() -> None:
 
 def test_masked_text_has_a_token_more_and_is_prepared_the_same(folder: Path, cache: Path) -> None:
     plain, hidden = options(folder), options(folder, objective="masked")
-    assert describe(hidden) == DataShape("masked", 258, 32)
+    assert describe(hidden) == DataShape("masked", 258, 32, num_targets=5)
     source = text.open(hidden, cache)
     assert source.fingerprint == text.open(plain, cache).fingerprint
     assert source.mask == 257 and source.yardsticks() == {}
