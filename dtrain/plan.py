@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from dtrain import component
+from dtrain import component, footprint
 from dtrain.component import Options
 from dtrain.errors import InputError
 from dtrain.machine import Machine, probe
@@ -128,6 +128,7 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
     component.load("strategies", job.strategy.name).check(job.strategy, job, workers, size)
     memory = cluster.memory_per_worker_gib or _memory_per_worker(machine, workers)
     batch = _batch(job, workers, size.activation_bytes_per_sample, memory, shape.sequence_length, notes)
+    warnings += footprint.check(job, workers, size, batch.accumulation, memory)
     return Plan(
         name=job.name,
         cluster=cluster.name,

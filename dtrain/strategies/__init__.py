@@ -6,7 +6,8 @@
 - `prepare(task, plan, device, make_optimizer) -> Prepared`: spreads the parts, and makes one engine a phase.
 
 A fourth is needed only where neighbouring workers compute each of their samples together: `sharing(options) -> int`,
-how many do; they read the same samples.
+how many do; they read the same samples. A fifth where a worker holds less than the whole training state:
+`bytes_per_number(options, job, workers, accumulation) -> dtrain.footprint.Bytes`.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
