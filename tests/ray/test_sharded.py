@@ -1,0 +1,38 @@
+"""A sharded state: no worker can restore the part of another, so all go back to the snapshot, without a trace."""
+
+import pytest
+from conftest import Desk
+from test_faults import assert_nothing_left, assert_same_weights
+
+from dtrain.checkpoint import store
+
+
+@pytest.mark.parametrize(
+    "settings", [["strategy.name=fsdp"], ["strategy.name=deepspeed", "strategy.stage=3"]], ids=["fsdp", "zero3"]
+)
+def test_a_lost_worker_and_a_stopped_run_leave_no_trace(desk: Desk, settings: list[str]) -> None:
+    undisturbed, _ = desk.submit(*settings)
+    assert undisturbed.record.state == "succeeded", undisturbed.record
+    desk.fault("kill", batch=33)
+    run, _ = desk.submit(*settings)
+    record = run.record
+    assert record.state == "succeeded", record
+    second = record.attempts[1]
+    assert second.source == "snapshot"
+    assert 20 <= second.from_step <= 32
+    assert_same_weights(run, undisturbed)
+    assert_nothing_left(run)
+
+
+def test_what_one_strategy_wrote_another_reads(desk: Desk) -> None:
+    """The same job under fsdp and under ddp comes to the same names and shapes, and nearly the same numbers."""
+    import torch
+    from test_faults import weights
+
+    one, _ = desk.submit("strategy.name=fsdp")
+    two, _ = desk.submit()
+    sharded, replicated = weights(one), weights(two)
+    assert sharded.keys() == replicated.keys()
+    for name, tensor in sharded.items():
+        torch.testing.assert_close(tensor, replicated[name], rtol=1e-3, atol=1e-3)
+    assert store.read_manifest(store.path_of(one.checkpoints, 60))["num_workers"] == 2
