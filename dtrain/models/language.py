@@ -100,6 +100,31 @@ class MaskedLanguageModel(_TokenTask):
             "targets": where.sum(),
         }
 
+    def sample(self, source: Any, request: Request) -> Sample:
+        """A held-out text, chosen by the seed, in which each hidden token is [as it was filled in], and after a bar as
+        it was where that is another.
+        """
+        import numpy as np
+        import torch
+
+        index = np.array([request.seed % source.held_out.num_samples], dtype=np.int64)
+        arrays = source.held_out.batch(index, np.zeros(1, dtype=np.uint64))
+        device = self._network.tokens.weight.device
+        batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
+        where = batch["targets"] >= 0
+        with torch.no_grad():
+            logits = self._network(batch["inputs"], None, batch.get("documents"), hidden_ones=where)
+        answers = iter(logits.argmax(1).tolist())
+        text, seen = "", []
+        for token, target in zip(arrays["inputs"][0].tolist(), arrays["targets"][0].tolist(), strict=True):
+            if target < 0:
+                seen.append(token)
+                continue
+            answer = next(answers)
+            words = source.decode([answer]) + ("" if answer == target else "|" + source.decode([target]))
+            text, seen = f"{text}{source.decode(seen)}[{words}]", []
+        return Sample(text + source.decode(seen))
+
 
 class Translator(_TokenTask):
     """Writes one text after another: cross-entropy of its tokens, a mean over them in each sample, then over samples.

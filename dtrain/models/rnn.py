@@ -7,7 +7,7 @@ from pydantic import Field, PositiveInt
 
 from dtrain import component
 from dtrain.data import DataShape
-from dtrain.errors import InputError
+from dtrain.errors import InputError, TrainingError
 from dtrain.models import ModelSize, Request, Sample, Task
 from dtrain.models.language import LanguageModel
 
@@ -124,32 +124,39 @@ class Forecaster(Task):
     def predict(self, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """The next values, fp32 [b, horizon]."""
         made = parts["model"](batch["inputs"]).float()
-        return made + batch["last"][:, None] if self._from_last_value else made
+        if not self._from_last_value:
+            return made
+        if "last" not in batch:
+            raise TrainingError(
+                "a batch of this series has no `last`, the value before the targets, from which differences are"
+                " predicted; add it to the data, or set model.from_last_value: false"
+            )
+        return made + batch["last"][:, None].to(made.device)
 
     def evaluate(
         self, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]"
     ) -> "dict[str, torch.Tensor]":
-        """Errors of one held-out batch, and those of saying the last value again."""
+        """Errors of one held-out batch, and those of saying the last value again, where the data knows it."""
         import torch
 
         targets = batch["targets"].double()
         errors = self.predict(parts, batch).double() - targets
-        naive = batch["last"].double()[:, None] - targets
-        return {
+        sums = {
             "squared_error": errors.square().sum(),
             "absolute_error": errors.abs().sum(),
-            "naive_squared_error": naive.square().sum(),
             "targets": torch.tensor(targets.numel(), device=targets.device),
         }
+        if "last" in batch:
+            sums["naive_squared_error"] = (batch["last"].double()[:, None] - targets).square().sum()
+        return sums
 
     def finish_evaluation(self, sums: Mapping[str, float]) -> dict[str, float]:
         """Mean squared error (the loss), mean absolute error, and the squared error of saying the last value again."""
         num = sums["targets"]
-        return {
-            "loss": sums["squared_error"] / num,
-            "mean_absolute_error": sums["absolute_error"] / num,
-            "naive_loss": sums["naive_squared_error"] / num,
-        }
+        metrics = {"loss": sums["squared_error"] / num, "mean_absolute_error": sums["absolute_error"] / num}
+        if "naive_squared_error" in sums:
+            metrics["naive_loss"] = sums["naive_squared_error"] / num
+        return metrics
 
     def blocks(self) -> "list[nn.Module]":
         """The layers."""
@@ -166,7 +173,8 @@ class Forecaster(Task):
         batch = {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
         with torch.no_grad():
             predicted = self.predict(self.parts, batch)[0].cpu().numpy()
-        rows = {"last": arrays["last"], "predicted": predicted, "came": arrays["targets"][0]}
+        rows = {"last": arrays["last"]} if "last" in arrays else {}
+        rows |= {"predicted": predicted, "came": arrays["targets"][0]}
         in_units = getattr(source, "to_target", np.asarray)
         lines = [f"{name:<10}" + "".join(f" {x:8.2f}" for x in in_units(values)) for name, values in rows.items()]
         return Sample("\n".join(lines))

@@ -220,3 +220,12 @@ def test_packed_documents_are_refused() -> None:
     batch = texts()
     with pytest.raises(TrainingError, match=r"use data\.documents: joined"):
         loss(task(TOKENS), {**batch, "documents": torch.zeros_like(batch["inputs"])})
+
+
+def test_a_series_may_hold_no_last_value() -> None:
+    batch = {name: tensor for name, tensor in stretches(3).items() if name != "last"}
+    with pytest.raises(TrainingError, match="has no `last`"):
+        loss(task(), batch)
+    made = task(from_last_value=False)
+    metrics = made.finish_evaluation({k: v.item() for k, v in made.evaluate(made.parts, batch).items()})
+    assert metrics["loss"] == pytest.approx(loss(made, batch).item(), rel=1e-5) and "naive_loss" not in metrics

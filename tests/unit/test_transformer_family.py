@@ -3,6 +3,7 @@
 import fnmatch
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,6 +209,25 @@ def test_hidden_tokens_cost_their_cross_entropy(words: dict[str, object]) -> Non
     assert metrics["loss"] == pytest.approx(plain.item(), rel=1e-5) and sums["targets"] == 12
     answers = net(samples["inputs"]).argmax(2)
     assert metrics["accuracy"] == pytest.approx((answers == samples["targets"]).sum().item() / 12)
+
+
+def test_what_was_filled_in_is_shown_beside_what_was_there() -> None:
+    made = task("masked", init_std=0.1)
+    samples = {"inputs": torch.arange(12)[None].clone(), "targets": torch.full((1, 12), IGNORED)}
+    for place in (0, 4, 5):
+        samples["targets"][0, place], samples["inputs"][0, place] = place, 49
+    optimizer = torch.optim.AdamW(made.parts["model"].parameters(), lr=1e-2)
+    for _ in range(60):
+        loss(made, samples).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    samples["targets"][0, 5] = 20  # what is there now is not what it learnt
+    arrays = {name: tensor.numpy() for name, tensor in samples.items()}
+    source = SimpleNamespace(
+        held_out=SimpleNamespace(num_samples=3, batch=lambda indices, _: arrays if indices == [1] else {}),
+        decode=lambda tokens: "".join(chr(97 + token) for token in tokens),
+    )
+    assert made.sample(source, Request(seed=4)).text == "[a]bcd[e][f|u]ghijkl"
 
 
 def test_an_encoder_sees_both_ways_and_a_decoder_back() -> None:
