@@ -4,7 +4,6 @@ Nothing heavy is imported before a command runs: `dtrain --help` must answer at 
 """
 
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,12 +16,9 @@ from dtrain.view.help import EXIT_CODES, Sections, complete_run
 if TYPE_CHECKING:
     from types import ModuleType
 
-    from dtrain.plan import Plan
+    from dtrain.plan import Plan, ScriptPlan
     from dtrain.runs import Run
     from dtrain.spec.cluster import ClusterSpec
-
-LOCAL_CLUSTER = Path("clusters/local.yaml")
-POLL_S = 0.1
 
 
 @click.group(cls=Sections, epilog=EXIT_CODES, context_settings={"help_option_names": ["-h", "--help"]})
@@ -62,6 +58,30 @@ DETACH = click.option("-d", "--detach", is_flag=True, help="Hand the run over an
 
 
 # -- ask -------------------------------------------------------------------------------------------------------
+
+
+@cli.section("Ask")
+@click.command()
+@click.argument("folder", type=click.Path(path_type=Path), default=".")
+@click.option(
+    "-m",
+    "--model",
+    type=click.Choice(["mlp", "cnn", "rnn", "transformer", "autoencoder", "gan"]),
+    default="cnn",
+    show_default=True,
+    help="What kind of task to begin from.",
+)
+def init(folder: Path, model: str) -> None:
+    """Write a job and a task of your own, ready to run.
+
+    Into FOLDER, this one when left out."""
+    from dtrain import starting
+
+    made = starting.files(model, folder)
+    starting.write(made)
+    for path in made:
+        click.echo(path)
+    _say(f"`dtrain submit {folder / 'job.yaml'}` trains it")
 
 
 @cli.section("Ask")
@@ -130,15 +150,15 @@ def submit(
     """Train a job, and show it until it has ended.
 
     Ctrl-C asks: detach, stop, or go on. Ctrl-C twice detaches."""
-    from dtrain import runs
+    from dtrain import api, runs
 
     decided = _plan(file, cluster, overrides)
     name = runs.new_name(decided)
     if dry_run:
-        click.echo(_backend(decided).render(decided, Path(decided.storage) / name).model_dump_json(indent=2))
+        click.echo(api.backend_of(decided).render(decided, Path(decided.storage) / name).model_dump_json(indent=2))
         return
-    run = runs.create(decided, "".join([file.read_text("utf-8"), *(f"# --set {text}\n" for text in overrides)]), name)
-    _hand_over(run, decided)
+    run = runs.create(decided, api.job_text(file, overrides), name)
+    api.hand_over(run, decided, _say)
     _attend(run, decided, detach, as_json)
 
 
@@ -152,10 +172,14 @@ def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
     """Go on with a run from its newest valid checkpoint.
 
     For a run that failed, was stopped or was lost."""
+    from dtrain import api, code
+
     run = _find(storage, word)
-    run.requeue("resumed")
     decided = run.plan
-    _hand_over(run, decided)
+    run.requeue("resumed")
+    for path in code.changed(decided.code):
+        _say(f"{path} is not what it was when the run was submitted; it runs as it is now")
+    api.hand_over(run, decided, _say)
     _attend(run, decided, detach, as_json, from_now=True)
 
 
@@ -166,22 +190,14 @@ def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
 @click.option("--timeout", "timeout_s", default=150.0, show_default=True, help="Longest wait for its end, in seconds.")
 def stop(word: str | None, storage: str, timeout_s: float) -> None:
     """Stop a run after a last checkpoint, and wait for its end."""
+    from dtrain import api
+
     run = _find(storage, word)
     record = run.record
     if record.ended:
         click.echo(f"{run.id} has already ended: {record.state}")
         return
-    run.ask_to_stop("dtrain stop")
-    deadline = time.monotonic() + timeout_s
-    while not record.ended and time.monotonic() < deadline:
-        time.sleep(POLL_S)
-        record = run.record
-    if not record.ended:
-        raise ClusterError(
-            f"{run.id} was asked to stop and is still {record.state} after {timeout_s:g} s;"
-            f" `dtrain logs {run.id} --driver` says what holds it up, asking again waits longer,"
-            " `dtrain cluster down` ends it without a checkpoint"
-        )
+    record = api.stop(run, "dtrain stop", timeout_s)
     click.echo(f"{run.id}: {record.state}" + (f" ({record.cause})" if record.cause else ""))
 
 
@@ -391,30 +407,17 @@ def completion(shell: str) -> None:
 # -- hops ------------------------------------------------------------------------------------------------------
 
 
-def _plan(file: Path, cluster: Path | None, overrides: tuple[str, ...]) -> "Plan":
-    from dtrain.plan import make_plan
-    from dtrain.spec import load
+def _plan(file: Path, cluster: Path | None, overrides: tuple[str, ...]) -> "Plan | ScriptPlan":
+    from dtrain import api
 
-    job, place = load.load_both(file, _cluster(cluster), overrides)
-    with load.located(file, overrides):
-        return make_plan(job, place)
-
-
-def _cluster(cluster: Path | None) -> Path | None:
-    return cluster or (LOCAL_CLUSTER if LOCAL_CLUSTER.is_file() else None)
-
-
-def _backend(decided: "Plan") -> "ModuleType":
-    from dtrain import component
-
-    return component.load("backends", decided.backend.name)
+    return api.decide(file, cluster, overrides)
 
 
 def _place(cluster: Path | None, overrides: tuple[str, ...]) -> "tuple[ClusterSpec, ModuleType]":
-    from dtrain import component
+    from dtrain import api, component
     from dtrain.spec.load import load_cluster
 
-    place = load_cluster(_cluster(cluster), overrides)
+    place = load_cluster(cluster or api.default_cluster(), overrides)
     return place, component.load("backends", place.backend.name)
 
 
@@ -424,20 +427,7 @@ def _find(storage: str, word: str | None) -> "Run":
     return runs.find(Path(storage), word)
 
 
-def _hand_over(run: "Run", decided: "Plan") -> None:
-    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
-    backend = _backend(decided)
-    try:
-        backend.send(backend.render(decided, run.path), decided.backend, _say)
-    except DtrainError as error:
-        run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
-        raise
-    except KeyboardInterrupt:
-        run.ask_to_stop("Ctrl-C")
-        raise
-
-
-def _attend(run: "Run", decided: "Plan", detach: bool, as_json: bool, from_now: bool = False) -> None:
+def _attend(run: "Run", decided: "Plan | ScriptPlan", detach: bool, as_json: bool, from_now: bool = False) -> None:
     from dtrain.view import attend
 
     if detach:

@@ -3,18 +3,30 @@
 A plan is the one thing that crosses process boundaries. It is immutable and goes through JSON unchanged.
 """
 
+import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from pydantic import Field
 
-from dtrain import component, footprint
+from dtrain import code, component, footprint
 from dtrain.component import Options
 from dtrain.errors import InputError
 from dtrain.machine import Machine, probe
 from dtrain.spec.cluster import ClusterSpec
-from dtrain.spec.job import Checkpoint, Evaluate, JobSpec, Optimizer, Retry, Schedule, Train
+from dtrain.spec.job import (
+    Checkpoint,
+    Entrypoint,
+    Evaluate,
+    JobSpec,
+    Loading,
+    Optimizer,
+    Retry,
+    Schedule,
+    ScriptSpec,
+    Train,
+)
 
 if TYPE_CHECKING:
     from dtrain.component import Named as Backend
@@ -28,6 +40,8 @@ else:
 ACTIVATION_SHARE = 0.25
 """Share of a worker's memory that activations of one micro batch may fill; the rest is for weights and others."""
 MAX_MICRO_TOKENS_ON_CPU = 16_384
+MAX_LOADERS = 4
+"""Most processes that read ahead for a worker unless a job says otherwise."""
 
 
 class Workers(Options):
@@ -54,18 +68,25 @@ class Workers(Options):
 
 
 class BatchArithmetic(Options):
-    """global_size = micro x accumulation x workers, always."""
+    """global_size = micro x accumulation x readers, always.
+
+    A reader is a worker; under tensor parallelism, a group of workers that compute each of their samples together.
+    """
 
     global_size: int
     micro: int
     accumulation: int
 
-    def check(self, num_workers: int) -> None:
-        """Raises `InputError` when the arithmetic does not hold for `num_workers`; asked at every start."""
-        if self.micro * self.accumulation * num_workers != self.global_size:
+    @property
+    def num_readers(self) -> int:
+        return self.global_size // (self.micro * self.accumulation)
+
+    def check(self, num_readers: int) -> None:
+        """Raises `InputError` when the arithmetic does not hold for `num_readers`; asked at every start."""
+        if self.micro * self.accumulation * num_readers != self.global_size:
             raise InputError(
                 f"batch.global {self.global_size} is not micro {self.micro} x accumulation {self.accumulation}"
-                f" x {num_workers} workers; plan the job again for this many workers"
+                f" x {num_readers} workers; plan the job again for this many workers"
             )
 
 
@@ -78,8 +99,8 @@ class Arithmetic(Options):
     """Zero where the data has no tokens."""
 
 
-class Plan(Options):
-    """One run, decided."""
+class AnyPlan(Options):
+    """What is decided for every run."""
 
     format: Literal[1] = 1
     name: str
@@ -87,6 +108,34 @@ class Plan(Options):
     backend: Backend
     storage: str
     """Absolute folder that holds the runs."""
+    retry: Retry
+    workers: Workers
+    code: dict[str, str] = Field(default={})
+    """Files of the user's own that the job names, and the SHA-256 of each when the plan was made."""
+    notes: tuple[str, ...] = Field(default=())
+    """What was left open in the files, what it was resolved to, and why."""
+    warnings: tuple[str, ...] = Field(default=())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run; 0 where only the script knows."""
+        return 0
+
+    def to_json(self) -> str:
+        return self.model_dump_json(by_alias=True, indent=2)
+
+
+class ScriptPlan(AnyPlan):
+    """A run of a script of the user's own, decided."""
+
+    entrypoint: Entrypoint
+    folder: str
+    """Where the script is started: the folder in which the command was given."""
+
+
+class Plan(AnyPlan):
+    """A run of a task, decided."""
+
     model: Model
     data: Data
     strategy: Strategy
@@ -95,36 +144,53 @@ class Plan(Options):
     train: Train
     evaluate: Evaluate
     checkpoint: Checkpoint
-    retry: Retry
-    workers: Workers
     batch: BatchArithmetic
     arithmetic: Arithmetic
-    notes: tuple[str, ...] = Field(default=())
-    """What was left open in the files, what it was resolved to, and why."""
-    warnings: tuple[str, ...] = Field(default=())
 
-    def to_json(self) -> str:
-        return self.model_dump_json(by_alias=True, indent=2)
+    @property
+    def num_steps(self) -> int:
+        return self.train.steps
 
     @classmethod
     def from_json(cls, text: str) -> "Plan":
         return cls.model_validate_json(text)
 
 
-def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None) -> Plan:
+def read_plan(text: str) -> Plan | ScriptPlan:
+    """The plan that `to_json` wrote."""
+    is_script = "entrypoint" in json.loads(text)
+    return ScriptPlan.model_validate_json(text) if is_script else Plan.model_validate_json(text)
+
+
+@overload
+def make_plan(
+    job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None, folder: Path | None = None
+) -> Plan: ...
+@overload
+def make_plan(
+    job: ScriptSpec, cluster: ClusterSpec, machine: Machine | None = None, folder: Path | None = None
+) -> ScriptPlan: ...
+
+
+def make_plan(
+    job: JobSpec | ScriptSpec, cluster: ClusterSpec, machine: Machine | None = None, folder: Path | None = None
+) -> Plan | ScriptPlan:
     """Decide everything a run needs.
 
-    `machine` is what one node of the cluster has; probed here when left out and the cluster leaves it open.
+    `machine` is what one node of the cluster has; probed here when left out and the cluster leaves it open. Relative
+    paths in the job start at `folder`, its file's own; where the command is given when left out.
     Raises `InputError` for what cannot work, naming the key and the nearest value that does.
     """
-    machine = machine or probe()
+    machine, folder = machine or probe(), folder or Path.cwd()
+    if isinstance(job, ScriptSpec):
+        return _script_plan(job, cluster, machine, folder)
     notes: list[str] = []
     warnings: list[str] = []
-    workers = _workers(job, cluster, machine, notes, warnings)
-    source = component.load("data", job.data.name)
-    data = source.resolve(job.data, Path.cwd())
+    workers = _workers(job.batch.global_size, _sharing(job), cluster, machine, notes, warnings)
+    source, network = component.load("data", job.data.name), component.load("models", job.model.name)
+    data, model = _resolved(source, job.data, folder), _resolved(network, job.model, folder)
     shape = source.describe(data)
-    size = component.load("models", job.model.name).describe(job.model, shape)
+    size = network.describe(model, shape)
     component.load("strategies", job.strategy.name).check(job.strategy, job, workers, size)
     memory = cluster.memory_per_worker_gib or _memory_per_worker(machine, workers)
     batch = _batch(job, workers, size.activation_bytes_per_sample, memory, shape.sequence_length, notes)
@@ -134,12 +200,13 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
         cluster=cluster.name,
         backend=cluster.backend,
         storage=os.path.abspath(os.path.expanduser(cluster.storage)),
-        model=job.model,
+        code=_hashes([*_own_code(network, model), *_own_code(source, data)]),
+        model=model,
         data=data,
         strategy=job.strategy,
         optimizer=job.optimizer,
         schedule=_schedule(job, notes),
-        train=_train(job, workers, machine, notes),
+        train=_train(job, workers, machine, shape.is_cheap, notes),
         evaluate=_evaluate(job, notes),
         checkpoint=_checkpoint(job, notes),
         retry=job.retry,
@@ -155,7 +222,52 @@ def make_plan(job: JobSpec, cluster: ClusterSpec, machine: Machine | None = None
     )
 
 
-def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[str], warnings: list[str]) -> Workers:
+def _script_plan(job: ScriptSpec, cluster: ClusterSpec, machine: Machine, folder: Path) -> ScriptPlan:
+    notes: list[str] = []
+    warnings: list[str] = []
+    workers = _workers(None, 1, cluster, machine, notes, warnings)
+    script = code.absolute(job.entrypoint.script, folder)
+    try:
+        code.check_syntax(script)
+    except InputError as error:
+        raise InputError(f"entrypoint.script: {error.message}; relative paths start at the job file's folder") from None
+    return ScriptPlan(
+        name=job.name,
+        cluster=cluster.name,
+        backend=cluster.backend,
+        storage=os.path.abspath(os.path.expanduser(cluster.storage)),
+        retry=job.retry,
+        workers=workers,
+        code=_hashes([script]),
+        notes=tuple(notes),
+        warnings=tuple(warnings),
+        entrypoint=job.entrypoint.model_copy(update={"script": str(script)}),
+        folder=str(Path.cwd()),
+    )
+
+
+def _resolved(module: Any, options: Any, folder: Path) -> Any:
+    """Options with relative paths made absolute; a model that names none needs no `resolve`."""
+    return module.resolve(options, folder) if hasattr(module, "resolve") else options
+
+
+def _own_code(module: Any, options: Any) -> list[Path]:
+    """Files of the user's own that a component runs; only the `custom` ones do."""
+    return list(module.own_code(options)) if hasattr(module, "own_code") else []
+
+
+def _hashes(files: list[Path]) -> dict[str, str]:
+    return {str(file): code.sha256(file) for file in files}
+
+
+def _workers(
+    global_size: int | None,
+    sharing: int,
+    cluster: ClusterSpec,
+    machine: Machine,
+    notes: list[str],
+    warnings: list[str],
+) -> Workers:
     has_gpus = bool(machine.gpus)
     if cluster.device == "gpu" and not has_gpus and cluster.workers_per_node == "auto":
         raise InputError(
@@ -168,9 +280,11 @@ def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[s
     available = len(machine.gpus) if on_gpu else machine.num_cores
     per_node = cluster.workers_per_node
     if per_node == "auto":
-        per_node = _largest_that_divides(job.batch.global_size, cluster.nodes, available)
+        per_node = available
+        if global_size is not None:
+            per_node = _largest_that_divides(global_size, cluster.nodes, available, sharing)
         what = "GPUs" if on_gpu else "cores"
-        reason = "" if per_node == available else f", the most that divide batch.global {job.batch.global_size}"
+        reason = "" if per_node == available else f", the most that divide batch.global {global_size}"
         notes.append(f"workers_per_node: {per_node} ({available} {what}{reason})")
     elif per_node > available and on_gpu and has_gpus:
         raise InputError(
@@ -192,8 +306,10 @@ def _workers(job: JobSpec, cluster: ClusterSpec, machine: Machine, notes: list[s
     )
 
 
-def _largest_that_divides(global_size: int, num_nodes: int, available: int) -> int:
-    return next((n for n in range(available, 0, -1) if global_size % (n * num_nodes) == 0), 1)
+def _largest_that_divides(global_size: int, num_nodes: int, available: int, sharing: int) -> int:
+    """Workers of a node, in whole groups that share samples, so many that the readers divide the batch; else 1."""
+    groups = range(available // sharing, 0, -1)
+    return next((n * sharing for n in groups if global_size % (n * num_nodes) == 0), 1)
 
 
 def _memory_per_worker(machine: Machine, workers: Workers) -> float:
@@ -205,17 +321,21 @@ def _memory_per_worker(machine: Machine, workers: Workers) -> float:
 def _batch(
     job: JobSpec, workers: Workers, activation_bytes: int, memory_gib: float, sequence_length: int, notes: list[str]
 ) -> BatchArithmetic:
-    total, asked, micro = workers.total, job.batch.global_size, job.batch.micro
-    step = total * (micro or 1)
+    sharing, asked, micro = _sharing(job), job.batch.global_size, job.batch.micro
+    readers = workers.total // sharing
+    step = readers * (micro or 1)
     if asked % step:
         lower, upper = asked // step * step, (asked // step + 1) * step
         nearest = upper if lower == 0 or upper - asked < asked - lower else lower
-        of = _workers_word(total) + (f" x micro {micro}" if micro else "")
+        of = _workers_word(readers) if sharing == 1 else f"{readers} groups of {_workers_word(sharing)}"
+        of += f" x micro {micro}" if micro else ""
         raise InputError(f"batch.global {asked} is not a multiple of {of}; nearest: {nearest}")
-    per_worker = asked // total
+    per_worker = asked // readers
     if micro is None:
         fit = max(1, int(ACTIVATION_SHARE * memory_gib * 2**30 / max(1, activation_bytes)))
         reason = f"{activation_bytes / 2**20:.1f} MiB of activations a sample, {memory_gib:.0f} GiB a worker"
+        if not activation_bytes:
+            reason = "a worker's whole share: what the model needs is not known before it is built"
         if workers.device == "cpu" and sequence_length:
             in_cache = max(1, MAX_MICRO_TOKENS_ON_CPU // sequence_length)
             if in_cache < fit:
@@ -225,13 +345,20 @@ def _batch(
     return BatchArithmetic(global_size=asked, micro=micro, accumulation=per_worker // micro)
 
 
+def _sharing(job: JobSpec) -> int:
+    """How many neighbouring workers compute each of their samples together."""
+    strategy = component.load("strategies", job.strategy.name)
+    return int(strategy.sharing(job.strategy)) if hasattr(strategy, "sharing") else 1
+
+
 def _workers_word(number: int) -> str:
     return f"{number} worker{'' if number == 1 else 's'}"
 
 
-def _train(job: JobSpec, workers: Workers, machine: Machine, notes: list[str]) -> Train:
-    if job.train.precision != "auto":
-        return job.train
+def _train(job: JobSpec, workers: Workers, machine: Machine, is_cheap: bool, notes: list[str]) -> Train:
+    train = job.train.model_copy(update={"loading": _loading(job.train.loading, workers, is_cheap, notes)})
+    if train.precision != "auto":
+        return train
     if workers.device == "cuda":
         has_bf16 = all(gpu.computes_bf16 for gpu in machine.gpus)
     else:
@@ -239,7 +366,16 @@ def _train(job: JobSpec, workers: Workers, machine: Machine, notes: list[str]) -
     precision = "bf16" if has_bf16 else "fp32"
     what = "GPUs" if workers.device == "cuda" else "cores"
     notes.append(f"train.precision: {precision} (these {what} {'have' if has_bf16 else 'lack'} bf16 arithmetic)")
-    return job.train.model_copy(update={"precision": precision})
+    return train.model_copy(update={"precision": precision})
+
+
+def _loading(loading: Loading, workers: Workers, is_cheap: bool, notes: list[str]) -> Loading:
+    if loading.workers != "auto":
+        return loading
+    num = 0 if is_cheap else min(MAX_LOADERS, workers.threads)
+    cores = f"{workers.threads} core{'' if workers.threads == 1 else 's'} a worker, {MAX_LOADERS} at most"
+    notes.append(f"train.loading.workers: {num} ({'these batches are cheap to read' if is_cheap else cores})")
+    return loading.model_copy(update={"workers": num})
 
 
 def _schedule(job: JobSpec, notes: list[str]) -> Schedule:

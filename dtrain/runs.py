@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError
 
 from dtrain.component import Options, suggestion
 from dtrain.errors import DtrainError, InputError, Stopped, StorageError
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan, Plan, ScriptPlan, read_plan
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
 State = Literal["queued", "starting", "running", "recovering", "stopping", "succeeded", "failed", "stopped", "lost"]
@@ -72,6 +72,7 @@ class Record(Options):
     """First time its workers started."""
     ended_at: float | None = None
     num_steps: int
+    """Steps of the whole run; 0 where only its script knows."""
     num_workers: int
     submissions: int = 1
     """How often a driver was started for it."""
@@ -116,8 +117,16 @@ class Run:
         return self.path / "logs"
 
     @property
-    def plan(self) -> Plan:
-        return Plan.from_json((self.path / "plan.json").read_text())
+    def plan(self) -> Plan | ScriptPlan:
+        return read_plan((self.path / "plan.json").read_text())
+
+    @property
+    def task_plan(self) -> Plan:
+        """The plan of a run that trains a task. Raises `InputError` when it runs a script."""
+        plan = self.plan
+        if isinstance(plan, ScriptPlan):
+            raise InputError(f"run {self.id} runs {plan.entrypoint.script}, and only that script knows its model")
+        return plan
 
     # -- the record ----------------------------------------------------------------------------------
 
@@ -308,7 +317,7 @@ class Run:
             raise StorageError(f"{self.path / name} cannot be written: {error.strerror}") from error
 
 
-def new_name(plan: Plan) -> str:
+def new_name(plan: AnyPlan) -> str:
     """A name for a run of this plan that no run under its storage has at the moment."""
     for _ in range(100):
         name = f"{plan.name}-{''.join(secrets.choice(ID_ALPHABET) for _ in range(4))}"
@@ -317,7 +326,7 @@ def new_name(plan: Plan) -> str:
     raise StorageError(f"{plan.storage}: no free name for a run of {plan.name!r} in 100 tries")
 
 
-def create(plan: Plan, job_text: str, name: str | None = None) -> Run:
+def create(plan: AnyPlan, job_text: str, name: str | None = None) -> Run:
     """Make the folder of a new run under the plan's storage. Raises `StorageError` when that cannot be written."""
     storage = Path(plan.storage)
     run = Run(storage / (name or new_name(plan)))
@@ -325,7 +334,7 @@ def create(plan: Plan, job_text: str, name: str | None = None) -> Run:
         id=run.id,
         name=plan.name,
         created_at=time.time(),
-        num_steps=plan.train.steps,
+        num_steps=plan.num_steps,
         num_workers=plan.workers.total,
         cause="submitted",
     )

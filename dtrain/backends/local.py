@@ -26,7 +26,7 @@ from dtrain.errors import ClusterError
 from dtrain.machine import probe
 
 if TYPE_CHECKING:
-    from dtrain.plan import Plan
+    from dtrain.plan import AnyPlan
 
 LOOPBACK = "127.0.0.1"
 START_TIMEOUT_S = 60.0
@@ -47,7 +47,7 @@ class Options(component.Options):
 Say = Callable[[str], None]
 
 
-def render(plan: "Plan", run_path: Path) -> Submission:
+def render(plan: "AnyPlan", run_path: Path) -> Submission:
     """The driver's command, without the address of the head: that is this machine's own affair."""
     return Submission(
         backend="local",

@@ -24,12 +24,13 @@ from typing import Any
 
 import torch
 
+from dtrain import code
 from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import store
 from dtrain.checkpoint.snapshot import held_step
 from dtrain.errors import ClusterError, DtrainError, Stopped, from_kind
 from dtrain.messages import pair, receive
-from dtrain.plan import Plan
+from dtrain.plan import Plan, ScriptPlan
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runs import Run
 from dtrain.runtime import rendezvous, retry
@@ -85,7 +86,9 @@ class Agent:
     def __init__(self, args: Mapping[str, Any]) -> None:
         self.run_folder = Run(Path(args["run"]))
         self.is_orphaned = False
-        self._plan: Plan = self.run_folder.plan
+        self._plan: Plan | ScriptPlan = self.run_folder.plan
+        self._code = dict(self._plan.code)
+        """The user's own files, and the hash of each as it was when it was last looked at."""
         self._number: int = args["node"]
         self._is_leader = self._number == 0
         self._stop: str | None = None
@@ -122,6 +125,8 @@ class Agent:
         self._writer = CheckpointWriter(
             self.run_folder, self._plan, self._number, self._node.snapshot_path, self._selector, self._free_snapshot
         )
+        self._script_store: Any = None
+        """What a script's ranks meet in: a new one for every attempt, as their launch contract has it."""
         self._attempt: Attempt | None = None
         self._peer_steps: set[int | None] = {None}
         """What the other nodes' snapshots held when the last attempt failed."""
@@ -134,7 +139,8 @@ class Agent:
     def run(self) -> None:
         shared.sweep()
         shared.claim(self.run_folder.path, self._number)
-        self._prepare()
+        if isinstance(self._plan, Plan):
+            self._prepare()
         if self._is_leader:
             self._lead()
         else:
@@ -237,7 +243,13 @@ class Agent:
             raise from_kind(kind, text)
 
     def _where_from(self) -> dict[str, Any]:
-        """The newest state that can be trusted: the snapshot, else the newest valid checkpoint, else scratch."""
+        """The newest state that can be trusted: the snapshot, else the newest valid checkpoint, else scratch.
+
+        A script finds its own.
+        """
+        if isinstance(self._plan, ScriptPlan):
+            self._script_store = rendezvous.serve_store(self._node.store_host)
+            return {"from": "script", "step": 0, "host": self._node.store_host, "port": self._script_store.port}
         committed = store.steps(self.run_folder.checkpoints)
         step = self._held_step()
         if step is not None and step >= max(committed, default=0) and (self._holds_all or self._peer_steps == {step}):
@@ -290,6 +302,10 @@ class Agent:
             self._end_record(None, step)
             self._stopped(step)
             return
+        if isinstance(self._plan, ScriptPlan):
+            self._end_record(None, step)
+            self.end({"state": "succeeded", "cause": "the script came to its end on every worker", "outcome": outcome})
+            return
         committed = store.steps(self.run_folder.checkpoints)
         if step not in committed:
             reason = self._writer.last_failure or "it was not committed"
@@ -325,9 +341,10 @@ class Agent:
         self._keep_snapshot()
         newest = max(store.steps(self.run_folder.checkpoints), default=None)
         where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
-        self.end(
-            {"state": "stopped", "error_kind": "stopped", "cause": f"stopped by {self._stop} at step {step}, {where}"}
-        )
+        cause = f"stopped by {self._stop} at step {step}, {where}"
+        if isinstance(self._plan, ScriptPlan):
+            cause = f"stopped by {self._stop}" + (f" after step {step} was reported" if step else "")
+        self.end({"state": "stopped", "error_kind": "stopped", "cause": cause})
 
     def _give_up(self, failure: Failure, reason: str) -> None:
         if failure.kind != "diverged":
@@ -364,10 +381,20 @@ class Agent:
         self._attempts.append(
             AttemptRecord(number=number, started_at=time.time(), from_step=restore["step"], source=source)
         )
-        if number > 1 or restore["step"]:
+        self._look_at_code()
+        if source == "script" and number > 1:
+            self._event("attempt", f"attempt {number}: the script is started again", attempt=number)
+        elif number > 1 or restore["step"]:
             self._event("attempt", f"attempt {number} begins at step {restore['step']}, from {source}", attempt=number)
         state = {"state": "starting", "cause": "workers are being forked"} if number == 1 else {}
         self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts], **state}})
+
+    def _look_at_code(self) -> None:
+        """Workers import the user's files as they are now: say so where that is not what was planned."""
+        for path in code.changed(self._code):
+            self._code[path] = code.sha256(Path(path))
+            what = "has changed" if self._code[path] else "cannot be read any more,"
+            self._event("code-changed", f"{path} {what} since the run was submitted or last started; it runs as it is")
 
     def _end_record(self, failure: Failure | None, step: int | None = None) -> None:
         changes: dict[str, Any] = {"ended_at": time.time(), "last_step": failure.step if failure else step}
@@ -385,10 +412,12 @@ class Agent:
     def _on_rank(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             attempt = self._attempt
-            self._data = message["data"]
+            self._data = message.get("data", "")
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
                 latest = self._attempts[-1]
                 cause = f"attempt {latest.number}, from {latest.source}"
+                if latest.source == "script":
+                    cause = f"attempt {latest.number} of the script"
                 self._tell({"record": {"state": "running", "cause": cause}})
         elif "checkpoint" in message:
             if self._is_leader or not self._holds_all:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import select
 import selectors
 import signal
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 
 from dtrain.checkpoint.snapshot import held_step
 from dtrain.messages import pair, receive, send
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan, ScriptPlan
 from dtrain.runtime import watchdog
 from dtrain.runtime.control import Control
 from dtrain.runtime.rendezvous import Agreement
@@ -23,6 +24,8 @@ from dtrain.runtime.zygote import Child, Zygote
 GRACE_S = 2.0
 """How long survivors get to notice that another rank is gone."""
 RESCUE_S = 60.0
+LEAVE_S = 30.0
+"""How long a script gets to end by itself when the run is to stop; as long as `torchrun` gives it."""
 WRITER_S = 1.0
 STACKS_S = 0.3
 """How long a hung rank gets to write down where it is."""
@@ -42,6 +45,8 @@ class Rank:
     error: dict[str, Any] | None = None
     rescued: int | None = None
     is_gone: bool = False
+    settled_at: float = 0.0
+    """When it was first known to be gone or to have failed."""
 
     @property
     def is_settled(self) -> bool:
@@ -66,7 +71,7 @@ class Node:
     """What stays the same over the attempts of one agent."""
 
     run_path: Path
-    plan: Plan
+    plan: AnyPlan
     number: int
     zygote: Zygote
     selector: selectors.BaseSelector
@@ -97,6 +102,9 @@ class Attempt:
         self._first_step_at: float | None = None
         self._first_step = int(restore["step"])
         self._next_watch = 0.0
+        self._is_script = isinstance(node.plan, ScriptPlan)
+        self._silence = watchdog.Silence()
+        self._leave_by = float("inf")
         self.ranks = [self._fork(local, restore) for local in range(node.plan.workers.per_node)]
 
     # -- watching ------------------------------------------------------------------------------------------
@@ -108,6 +116,13 @@ class Attempt:
                 turn(TURN_S)
                 if wants_stop() and not self.control.stop:
                     self.control.stop = 1
+                    self._leave_by = time.monotonic() + LEAVE_S
+                    for rank in self.ranks if self._is_script else ():
+                        rank.child.kill(signal.SIGTERM)
+                if self.control.stop and self._is_script:
+                    if all(rank.is_settled for rank in self.ranks) or time.monotonic() > self._leave_by:
+                        return Report({"steps": self.step}, step=self.step)
+                    continue
                 if self.control.stop and not all(rank.is_ready for rank in self.ranks):
                     return Report({"steps": self._first_step}, step=self._first_step)  # nothing new to keep
                 if all(rank.done is not None for rank in self.ranks):
@@ -132,7 +147,20 @@ class Attempt:
         seen = [beat.step for beat in beats if beat is not None]
         return max([self._first_step, *seen])
 
+    def _hung_script(self, now: float) -> list[Rank]:
+        """Scripts are heard of through their reports; without any, only a rank stopped by a signal is noticed."""
+        retry = self._node.plan.retry
+        stopped = [rank for rank in self.ranks if _is_stopped(rank.child.pid)]
+        beats = [beat for rank in self.ranks if (beat := self.control.last_beat(rank.local)) is not None]
+        self._silence.hear(max((beat.time for beat in beats), default=None))
+        limit = watchdog.script_timeout(self._silence.longest_s, retry.hang_timeout_s, retry.start_timeout_s)
+        if watchdog.is_hung(beats, now, limit):
+            return stopped or [rank for rank in self.ranks if not rank.is_settled]
+        return stopped if self._silence.stopped_for(bool(stopped), now) > retry.hang_timeout_s else []
+
     def _hung(self, now: float) -> list[Rank]:
+        if self._is_script:
+            return self._hung_script(now)
         beats = {rank.local: beat for rank in self.ranks if (beat := self.control.last_beat(rank.local)) is not None}
         retry = self._node.plan.retry
         if len(beats) < len(self.ranks):
@@ -171,11 +199,13 @@ class Attempt:
         return Report(None, failures, snapshot_step, step)
 
     def _is_final(self) -> bool:
-        return any(rank.error is not None and rank.error["kind"] != "peer" for rank in self.ranks)
+        return any(rank.error is not None and rank.error["kind"] not in ("peer", "killed") for rank in self.ranks)
 
     def _hang(self, rank: Rank) -> Failure:
         beat = self.control.last_beat(rank.local)
         where = f"{beat.place} for {time.monotonic() - beat.time:.0f} s" if beat else "starting"
+        if self._is_script:
+            where = f"{self._where(rank)}, silent for {time.monotonic() - (self._silence.heard or self._started):.0f} s"
         if _is_stopped(rank.child.pid):
             return Failure("hung", f"rank {rank.number} was stopped by a signal, {where}", self.step)
         rank.child.kill(signal.SIGUSR2)  # its stacks go to its log
@@ -187,22 +217,32 @@ class Attempt:
         for rank in self.ranks:
             error = rank.error
             if error is not None and error["kind"] != "peer":
-                causes.append(_from_error(rank, error))
+                causes.append(_from_error(rank, error, self._is_script))
             elif error is not None:
                 cause = f"rank {rank.number} lost its peers: {error['error'].splitlines()[0]}"
                 consequences.append(Failure("exited", cause, error["step"]))
             elif rank.is_gone and rank.done is None and rank not in hung:
                 causes.append(self._from_exit(rank))
+        if self._is_script and len(causes) > 1:
+            # What its peers say of a lost rank may be anything, in a script: what came first was the cause.
+            failed = [rank for rank in self.ranks if rank.settled_at and rank.done is None and rank not in hung]
+            first = min(failed, key=lambda rank: rank.settled_at).number
+            causes = [failure for failure in causes if failure.cause.startswith(f"rank {first}")][:1] or causes
         return causes + ([] if hung else consequences)
 
     def _from_exit(self, rank: Rank) -> Failure:
         status = self._node.zygote.wait(rank.child, GRACE_S)
-        beat = self.control.last_beat(rank.local)
-        where = beat.place if beat else "before its first step"
+        where = self._where(rank)
         if status is not None and status < 0:
             return Failure("killed", f"rank {rank.number} was killed by {_signal_name(-status)} {where}", self.step)
         cause = f"rank {rank.number} left with exit code {status} {where}, before the work was done"
         return Failure("exited", cause, self.step)
+
+    def _where(self, rank: Rank) -> str:
+        if self._is_script:
+            return f"after step {self.step} was reported" if self.step else "before a step was reported"
+        beat = self.control.last_beat(rank.local)
+        return beat.place if beat else "before its first step"
 
     def _snapshot_step(self) -> int | None:
         return held_step(self._node.snapshot_path, len(self.ranks))
@@ -246,11 +286,11 @@ class Attempt:
         }
         log_path = node.run_path / "logs" / f"rank-{number}.log"
         with open(log_path, "ab", buffering=0) as log:
+            begins = "" if self._is_script else f", from step {restore['step']}"
             with contextlib.suppress(OSError):
-                log.write(f"--- attempt {self._generation}, from step {restore['step']} ---\n".encode())
-            child = node.zygote.fork(
-                "dtrain.runtime.rank:main", args, [theirs.fileno()], log.fileno(), f"rank-{number}"
-            )
+                log.write(f"--- attempt {self._generation}{begins} ---\n".encode())
+            entry = "dtrain.runtime.script:main" if self._is_script else "dtrain.runtime.rank:main"
+            child = node.zygote.fork(entry, args, [theirs.fileno()], log.fileno(), f"rank-{number}")
         theirs.close()
         rank = Rank(number, local, child, ours)
         node.selector.register(ours, selectors.EVENT_READ, lambda: self._read(rank))
@@ -262,7 +302,7 @@ class Attempt:
         if message is None:
             self._unregister(rank.channel)
         elif "error" in message:
-            rank.error = message
+            rank.error, rank.settled_at = message, rank.settled_at or time.monotonic()
         elif "done" in message:
             rank.done = message["done"]
         elif "rescued" in message:
@@ -273,10 +313,14 @@ class Attempt:
 
     def _gone(self, rank: Rank) -> None:
         self._unregister(rank.child.pidfd)
-        # Its last words may still lie in the channel.
-        while rank.channel.fileno() in self._node.selector.get_map():
+        # Its last words may still lie in the channel, whose other end a process that it started may hold open.
+        while rank.channel in self._node.selector.get_map() and select.select([rank.channel], [], [], 0)[0]:
             self._read(rank)
-        rank.is_gone = True
+        self._unregister(rank.channel)
+        rank.is_gone, rank.settled_at = True, rank.settled_at or time.monotonic()
+        is_silent = self._is_script and rank.done is None and rank.error is None
+        if is_silent and self._node.zygote.wait(rank.child, GRACE_S) == 0:
+            rank.done = {"steps": self.step, "metrics": {}}  # os._exit(0) ends a script well
 
     def _unregister(self, file: Any) -> None:
         with contextlib.suppress(KeyError, ValueError):
@@ -286,6 +330,9 @@ class Attempt:
         for rank in self.ranks:
             if rank.done is None:
                 rank.child.kill()
+            if self._is_script:  # with all that it started
+                with contextlib.suppress(OSError):
+                    os.killpg(rank.child.pid, signal.SIGKILL)
         for rank in self.ranks:
             if self._node.zygote.wait(rank.child, GRACE_S) is None:
                 rank.child.kill()
@@ -296,11 +343,13 @@ class Attempt:
             os.close(rank.child.pidfd)
 
 
-def _from_error(rank: Rank, error: Mapping[str, Any]) -> Failure:
-    kind: FailureKind = error["kind"] if error["kind"] in ("diverged", "memory") else "error"
+def _from_error(rank: Rank, error: Mapping[str, Any], is_script: bool = False) -> Failure:
+    kind: FailureKind = error["kind"] if error["kind"] in ("diverged", "memory", "killed") else "error"
     first = str(error["error"]).splitlines()[0][:500]
     advice = "; lower batch.micro or turn on train.activation_checkpointing" if kind == "memory" else ""
-    cause = f"rank {rank.number}, step {error['step'] + 1}: {error['class']}: {first}{advice}"
+    where = f", step {error['step'] + 1}" if rank.is_ready and not is_script else ""
+    said = first if not rank.is_ready and error["kind"] == "training" else f"{error['class']}: {first}"
+    cause = f"rank {rank.number}{where}: {said}{advice}"
     known = error["kind"] if error["kind"] in ("input", "storage") else "training"
     return Failure(kind, cause, error["step"], detail=error["detail"], error_kind=known)
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from dtrain import fingerprint
 from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan
 from dtrain.runs import ENDED, Record, Run
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runtime import retry
@@ -82,7 +82,7 @@ class Driver:
 
     def __init__(self, run: Run, arguments: argparse.Namespace, command: list[str], until: int) -> None:
         self._run, self._arguments, self._command, self._until = run, arguments, command, until
-        self._plan: Plan = run.plan
+        self._plan: AnyPlan = run.plan
         self._attempts: list[dict[str, Any]] = []
         self._agents: dict[int, Connection] = {}
         self._store: list[Any] | None = None

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dtrain.checkpoint.shared_memory import prefix
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan
 from dtrain.runtime.reservation import Reservation
 from dtrain.runtime.zygote import Child, Zygote
 
@@ -54,14 +54,14 @@ class EmbeddedHost:
 class PlacedHost:
     """Several nodes: Ray Train v2 places one worker a node, and that worker hosts the node's agent."""
 
-    def __init__(self, args: Mapping[str, Any], plan: Plan, reservation: Reservation) -> None:
+    def __init__(self, args: Mapping[str, Any], plan: AnyPlan, reservation: Reservation) -> None:
         self._problem = ""
         reservation.release()  # Ray Train makes its own, of the same shape
         self._thread = threading.Thread(target=self._fit, args=(dict(args), plan), daemon=True)
         self._read, self._write = os.pipe2(os.O_CLOEXEC)
         self._thread.start()
 
-    def _fit(self, args: dict[str, Any], plan: Plan) -> None:
+    def _fit(self, args: dict[str, Any], plan: AnyPlan) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         # Not TorchTrainer: it would import torch and make a process group in the host, where neither is wanted.

@@ -27,11 +27,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from dtrain import component
+from dtrain import code, component
 from dtrain.checkpoint import store
 from dtrain.checkpoint.pieces import Piece
 from dtrain.checkpoint.snapshot import Snapshot, path_of
-from dtrain.data import cache
+from dtrain.data import Source, cache
 from dtrain.errors import DtrainError, InputError, StorageError
 from dtrain.messages import receive, send
 from dtrain.plan import Plan
@@ -40,6 +40,8 @@ from dtrain.runtime import rendezvous
 from dtrain.runtime.control import Control
 from dtrain.training import gallery, loop
 from dtrain.training.averaging import Average
+from dtrain.training.feed import pinned
+from dtrain.training.loading import Loaders
 from dtrain.training.memory import keep_freed_memory
 from dtrain.training.optim import build_optimizer
 from dtrain.training.patience import Patience
@@ -133,14 +135,15 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     rescue: tuple[Snapshot, list[Piece]] | None = None
     try:
         run = Run(Path(args["run"]))
-        plan = run.plan
+        plan = run.task_plan
+        loaders = _loaders(plan, args["rank"], channel)
         place = _place(plan, args)
-        plan.batch.check(place.num_workers)
+        plan.batch.check(place.num_readers)
         control = Control.open(Path(args["control"]))
         keeper = Keeper(plan, control, channel, place, args["local_rank"], run.samples)
         keeper.beat(0, 0, loop.STARTING)
         rendezvous.join(plan, args, place)
-        training, state = _build(plan, place)
+        training, state = _build(plan, place, loaders)
         is_replicated = training.prepared.is_replicated
         segment = path_of(Path(args["snapshot"]), args["local_rank"], is_replicated=is_replicated)
         snapshot = Snapshot.create(segment, state, args["local_world"] if is_replicated else 1)
@@ -171,7 +174,7 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
 def prepare(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     """Entry of the process that readies the data of a node before its ranks start."""
     channel = socket.socket(fileno=descriptors[0])
-    plan = Run(Path(args["run"])).plan
+    plan = Run(Path(args["run"])).task_plan
     torch.set_num_threads(max(1, plan.workers.threads * plan.workers.per_node))
     try:
         module: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
@@ -181,10 +184,31 @@ def prepare(args: dict[str, Any], descriptors: Sequence[int]) -> int:
         return 1
     except BaseException as error:
         traceback.print_exc()
-        send(channel, {"error": str(error), "class": type(error).__name__, "kind": "error", "detail": _text(error)})
+        send(channel, {"error": str(error), "class": type(error).__name__, "kind": "error", "detail": text_of(error)})
         return 1
     send(channel, {"done": {}})
     return 0
+
+
+def _loaders(plan: Plan, rank: int, channel: socket.socket) -> Loaders | None:
+    """The processes that read ahead, forked while there is neither thread nor device nor process group here."""
+    loading, on_gpu = plan.train.loading, plan.workers.device == "cuda"
+    if not loading.workers or loading.workers == "auto":
+        return None
+    return Loaders(
+        functools.partial(_open, plan),
+        loading.workers,
+        loading.prefetch,
+        worker=rank,
+        inherited=[channel],
+        register=pinned if on_gpu else None,
+    )
+
+
+def _open(plan: Plan) -> Source:
+    data: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
+    source: Source = data.open(plan.data, cache.folder())
+    return source
 
 
 def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
@@ -196,25 +220,26 @@ def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
         device = torch.device("cpu")
         keep_freed_memory()
         torch.set_num_threads(plan.workers.threads)
-    return loop.Place(args["rank"], args["world"], device)
+    return loop.Place(args["rank"], args["world"], device, plan.workers.total // plan.batch.num_readers)
 
 
-def _build(plan: Plan, place: loop.Place) -> tuple[loop.Training, list[Piece]]:
+def _build(plan: Plan, place: loop.Place, loaders: Loaders | None = None) -> tuple[loop.Training, list[Piece]]:
     """All that the loop needs, and the state that must survive."""
     seed_everything(plan.train.seed)
     data: Any = component.load("data", plan.data.name)  # type: ignore[attr-defined]
     model: Any = component.load("models", plan.model.name)  # type: ignore[attr-defined]
     strategy: Any = component.load("strategies", plan.strategy.name)  # type: ignore[attr-defined]
-    source = data.open(plan.data, cache.folder())
+    source = _open(plan)
     task = model.build(plan.model, data.describe(plan.data), plan.train)
     prepared = strategy.prepare(task, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
+    prepared = prepared.keeping(task.is_kept)
     average = Average(prepared, plan.train.ema) if plan.train.ema else None
     patience = Patience(plan.train.stop_early) if plan.train.stop_early else None
     state = [*prepared.state, *(average.state if average else ())]
     if patience is not None:
         is_primary = prepared.is_replicated or place.worker == 0
         state += [dataclasses.replace(piece, is_primary=is_primary) for piece in patience.state]
-    return loop.Training(plan, task, prepared, source, place, average, patience), state
+    return loop.Training(plan, task, prepared, source, place, average, patience, loaders), state
 
 
 def _restore(
@@ -261,18 +286,19 @@ def _report(channel: socket.socket, error: BaseException, keeper: Keeper | None,
             "error": str(error) or type(error).__name__,
             "class": type(error).__name__,
             "kind": kind,
-            "detail": _text(error),
+            "detail": text_of(error),
             "step": keeper.completed if keeper else 0,
             "can_rescue": can_rescue,
         },
     )
 
 
-def _text(error: BaseException) -> str:
+def text_of(error: BaseException) -> str:
     """The traceback as the user knows it: without dtrain's own frames where the user's code was reached."""
+    if isinstance(error, DtrainError) and error.__cause__ is not None:
+        error = error.__cause__  # what dtrain says of it is the run's cause
     frames = traceback.extract_tb(error.__traceback__)
-    own = str(Path(__file__).resolve().parent.parent)
-    foreign = [f for f in frames if not f.filename.startswith(own) and "/site-packages/" not in f.filename]
+    foreign = [f for f in frames if code.is_users(f.filename)]
     kept = traceback.StackSummary.from_list(frames)
     if foreign:
         first = next(i for i, f in enumerate(frames) if f in foreign)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.errors import ClusterError
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan
 
 CONNECT_TIMEOUT_S = 60
 
@@ -51,7 +51,7 @@ def answers(address: str, timeout_s: float = 1.0) -> bool:
 class Reservation:
     """A placement group with one bundle a node; held from `is_ready` to `release`."""
 
-    def __init__(self, ray: Any, plan: Plan, name: str) -> None:
+    def __init__(self, ray: Any, plan: AnyPlan, name: str) -> None:
         from ray.util.placement_group import placement_group
 
         self._ray = ray

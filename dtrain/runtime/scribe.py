@@ -34,7 +34,11 @@ class Scribe:
         """One reading of a step: numbers of training, or `held_out` figures."""
         self._run.metric(attempt=attempt, **metrics)
         step = int(metrics["step"])
-        scalars = {tag: metrics[name] for name, tag in GROUPS.items() if name in metrics}
+        scalars = {
+            GROUPS.get(name, name if "/" in name else f"train/{name}"): value
+            for name, value in metrics.items()
+            if name != "step" and isinstance(value, int | float)
+        }
         scalars |= {f"held_out/{name}": value for name, value in metrics.get("held_out", {}).items()}
         for tag, value in scalars.items():
             self._on_board(tag, float(value), step)

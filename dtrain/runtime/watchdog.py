@@ -6,7 +6,11 @@ from dataclasses import dataclass
 SLOWEST_OF_USUAL = 20.0
 """A rank is stuck when it is silent for this many times its usual time between two signs of life."""
 SHORTEST_TIMEOUT_S = 10.0
-PHASES = ("starting", "reading data", "forward", "backward", "updating", "snapshot", "evaluating", "ending")
+LONGEST_OF_SCRIPT = 5.0
+"""A script is stuck when it reports nothing for this many times its longest silence between two reports."""
+PHASES = ("starting", "reading data", "forward", "backward", "updating", "snapshot", "evaluating", "ending", "script")
+SCRIPT = PHASES.index("script")
+"""All that is known of a script: it has reported."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,40 @@ def timeout(usual_s: float | None, hang_timeout_s: float, start_timeout_s: float
     if usual_s is None:
         return start_timeout_s
     return min(hang_timeout_s, max(SHORTEST_TIMEOUT_S, SLOWEST_OF_USUAL * usual_s))
+
+
+def script_timeout(longest_silence_s: float | None, hang_timeout_s: float, start_timeout_s: float) -> float:
+    """The same for a script, given its longest silence between two reports (None before there were two).
+
+    What happens between two reports is the script's affair and may take any time: the limit only grows.
+    """
+    if longest_silence_s is None:
+        return max(hang_timeout_s, start_timeout_s)
+    return max(hang_timeout_s, LONGEST_OF_SCRIPT * longest_silence_s)
+
+
+class Silence:
+    """How long a script was silent between its reports, and how long a rank of it has been stopped."""
+
+    def __init__(self) -> None:
+        self.heard: float | None = None
+        """Time of the latest report."""
+        self.longest_s: float | None = None
+        self._stopped_since: float | None = None
+
+    def hear(self, latest: float | None) -> None:
+        """Take note of the time of the latest report, None when there is none."""
+        if latest is not None and self.heard is not None and latest > self.heard:
+            self.longest_s = max(self.longest_s or 0.0, latest - self.heard)
+        self.heard = latest
+
+    def stopped_for(self, is_stopped: bool, now: float) -> float:
+        """Seconds for which a rank was found stopped at every look."""
+        if not is_stopped:
+            self._stopped_since = None
+            return 0.0
+        self._stopped_since = now if self._stopped_since is None else self._stopped_since
+        return now - self._stopped_since
 
 
 def is_hung(beats: Sequence[Beat], now: float, timeout_s: float) -> bool:

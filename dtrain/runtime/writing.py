@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from dtrain.messages import pair, receive, send
-from dtrain.plan import Plan
+from dtrain.plan import AnyPlan, Plan
 from dtrain.runs import Run
 from dtrain.runtime.zygote import Child, Zygote
 
@@ -22,7 +22,7 @@ class CheckpointWriter:
     def __init__(
         self,
         run: Run,
-        plan: Plan,
+        plan: AnyPlan,
         node: int,
         snapshot: Path,
         selector: selectors.BaseSelector,
@@ -35,7 +35,7 @@ class CheckpointWriter:
             "num_nodes": plan.workers.num_nodes,
             "num_local": plan.workers.per_node,
             "folder": str(run.checkpoints),
-            "keep": plan.checkpoint.keep.model_dump(),
+            "keep": plan.checkpoint.keep.model_dump() if isinstance(plan, Plan) else {},
             "snapshot": str(snapshot),
             "num_workers": plan.workers.total,
         }

@@ -93,6 +93,16 @@ class StopEarly(Options):
     """How much lower a loss must be to count as better."""
 
 
+class Loading(Options):
+    """Reading batches ahead, in processes of their own."""
+
+    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    """Processes beside each worker that read ahead for it; `auto` is none where a batch costs next to nothing, else one
+    for each of the worker's cores, 4 at most."""
+    prefetch: Annotated[int, Field(gt=0, le=256)] = 2
+    """Micro batches that each of them keeps ready."""
+
+
 class Train(Options):
     """The training loop."""
 
@@ -113,6 +123,8 @@ class Train(Options):
     """Keep a moving average of the weights that remembers this share of itself each step, and evaluate with it."""
     stop_early: StopEarly | None = None
     """End before the last step when the held-out loss no longer falls."""
+    loading: Loading = Loading()
+    """Reading batches ahead, in processes of their own."""
     log_every_steps: NumSteps = 10
     """Steps between two lines of metrics."""
 
@@ -194,6 +206,35 @@ class JobSpec(Options):
     """How the model is spread over workers: a file in `dtrain/strategies/` and its options."""
     retry: Retry = Retry()
     """What failures are survived, and how often."""
+
+
+class Entrypoint(Options):
+    """A script of your own, started on every worker as `torchrun` or `accelerate launch` would."""
+
+    script: Annotated[str, Field(min_length=1, max_length=4096)]
+    """Python file; a relative path starts at the job file's folder."""
+    args: tuple[str | int | float, ...] = ()
+    """What the script finds behind its name in `sys.argv`; `{checkpoint_dir}` in it is the run's folder for
+    checkpoints, the same in every attempt."""
+    environment: dict[str, str] = Field(default={})
+    """Environment variables the script finds besides those of its launch; they are kept in the run folder."""
+
+
+class ScriptSpec(Options):
+    """A dtrain job that runs a script of your own, which brings its own model, data and checkpoints."""
+
+    name: Name
+    """Name of the job; runs are called after it."""
+    description: str = ""
+    """What the job learns, in a line."""
+    entrypoint: Entrypoint
+    """The script, instead of a model, data and all that belongs to them."""
+    retry: Retry = Retry()
+    """What failures are survived, and how often."""
+
+
+SHORT_FORMS = {"model": ("custom", "build"), "data": ("custom", "open")}
+"""`model: ./task.py:build` is short for `{name: custom, build: ./task.py:build}`."""
 
 
 def _default_strategy() -> Any:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +14,7 @@ from dtrain.errors import InputError
 from dtrain.spec import document, words
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node
-from dtrain.spec.job import JobSpec
+from dtrain.spec.job import SHORT_FORMS, JobSpec, ScriptSpec
 from dtrain.spec.mistakes import in_words
 from dtrain.spec.overrides import CLUSTER, apply_overrides, split_overrides
 
@@ -22,15 +22,27 @@ MAX_MISTAKES = 50
 """Lines of one message."""
 THIS_MACHINE = "{name: local, description: The machine at hand., backend: {name: local}}"
 """`clusters/local.yaml`, for when no cluster file is given and that one is not at hand."""
+ENTRYPOINT = "entrypoint"
 Spec = TypeVar("Spec", bound=Options)
 
 
-def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec:
-    """The job in a YAML file, changed by `overrides` (`train.steps=100`).
+def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec | ScriptSpec:
+    """The job in a YAML file, changed by `overrides` (`train.steps=100`); a `ScriptSpec` where it has an `entrypoint`.
 
     Raises `InputError` with one line a mistake, all of them at once.
     """
-    return _load(JobSpec, path, overrides, "")
+    return job_of(document.read(path), overrides)
+
+
+def job_of(root: Node, overrides: Sequence[str] = ()) -> JobSpec | ScriptSpec:
+    """The same of a document that was read before."""
+    _spell_out(root)
+    for setting in overrides:
+        apply_overrides(root, [setting])
+        _spell_out(root)
+    if ENTRYPOINT not in root.value:
+        return _checked(JobSpec, root)
+    return _checked(ScriptSpec, root)
 
 
 def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> ClusterSpec:
@@ -38,22 +50,39 @@ def load_cluster(path: str | Path | None, overrides: Sequence[str] = ()) -> Clus
 
     Raises `InputError` with one line a mistake, all of them at once.
     """
-    return _load(ClusterSpec, path, overrides, CLUSTER)
+    return cluster_of(document.read(path) if path is not None else this_machine(), overrides)
 
 
-def load_both(job: str | Path, cluster: str | Path | None, overrides: Sequence[str]) -> tuple[JobSpec, ClusterSpec]:
+def cluster_of(root: Node, overrides: Sequence[str] = ()) -> ClusterSpec:
+    """The same of a document that was read before."""
+    apply_overrides(root, overrides, prefix=CLUSTER)
+    return _checked(ClusterSpec, root)
+
+
+def load_both(
+    job: str | Path, cluster: str | Path | None, overrides: Sequence[str]
+) -> tuple[JobSpec | ScriptSpec, ClusterSpec]:
     """A job, and the cluster it is to run on; each takes its own of the overrides.
 
     Raises `InputError` with the mistakes of both.
     """
+    return both_of(
+        lambda: document.read(job), lambda: document.read(cluster) if cluster is not None else this_machine(), overrides
+    )
+
+
+def both_of(
+    job: Callable[[], Node], cluster: Callable[[], Node], overrides: Sequence[str]
+) -> tuple[JobSpec | ScriptSpec, ClusterSpec]:
+    """The same of documents that come from elsewhere."""
     for_job, for_cluster = split_overrides(overrides)
     mistakes: list[str] = []
     try:
-        asked = load_job(job, for_job)
+        asked = job_of(job(), for_job)
     except InputError as error:
         mistakes.append(error.message)
     try:
-        place = load_cluster(cluster, for_cluster)
+        place = cluster_of(cluster(), for_cluster)
     except InputError as error:
         mistakes.append(error.message)
     if mistakes:
@@ -68,7 +97,7 @@ def located(path: str | Path, overrides: Sequence[str]) -> Iterator[None]:
         yield
     except InputError as error:
         key = error.message.split(" ", 1)[0].rstrip(":")
-        if key.split(".")[0] not in words.fields(JobSpec):
+        if key.split(".")[0] not in {**words.fields(JobSpec), **words.fields(ScriptSpec)}:
             raise
         for_job, _ = split_overrides(overrides)
         raise InputError(f"{where(path, key, for_job)}: {error.message}") from None
@@ -77,6 +106,7 @@ def located(path: str | Path, overrides: Sequence[str]) -> Iterator[None]:
 def where(path: str | Path, key: str, overrides: Sequence[str] = ()) -> str:
     """Where a dotted key of a file was given: `jobs/x.yaml:4`, or the nearest line above it that was."""
     root = document.read(path)
+    _spell_out(root)
     apply_overrides(root, overrides, prefix=CLUSTER)
     node = root
     for part in key.split("."):
@@ -86,28 +116,60 @@ def where(path: str | Path, key: str, overrides: Sequence[str] = ()) -> str:
     return node.where
 
 
-def _this_machine() -> Node:
+def this_machine() -> Node:
+    """The cluster that is meant where none is named."""
     root = document.parse(THIS_MACHINE, "this machine", fixed_where=True)
     assert root is not None
     return root
 
 
-def _load(spec: type[Spec], path: str | Path | None, overrides: Sequence[str], prefix: str) -> Spec:
-    root = document.read(path) if path is not None else _this_machine()
-    apply_overrides(root, overrides, prefix=prefix)
+def _spell_out(root: Node) -> None:
+    """Write short forms out: `model: ./task.py:build`. A script's arguments are texts, numbers too as they stand."""
+    script = root.value.get(ENTRYPOINT)
+    arguments = script.value.get("args") if script is not None and isinstance(script.value, dict) else None
+    for argument in arguments.value if arguments is not None and isinstance(arguments.value, list) else ():
+        if type(argument.value) in (int, float):
+            argument.value = argument.written
+    for key, (name, option) in SHORT_FORMS.items():
+        node = root.value.get(key)
+        if node is not None and isinstance(node.value, str) and ":" in node.value:
+            reference = Node(node.value, node.where, node.written)
+            root.value[key] = Node({"name": Node(name, node.where), option: reference}, node.where)
+
+
+def _checked(spec: type[Spec], root: Node) -> Spec:
     mistakes, result = list(root.mistakes), None
     try:
         # Through JSON, where strictness lets a list be a tuple. Files say aliases (`global`) only.
         result = spec.model_validate_json(json.dumps(root.plain()), strict=True, by_alias=True, by_name=False)
     except pydantic.ValidationError as error:
         mistakes += in_words(error.errors(include_url=False), spec, root)
+    mistakes = _of_either_kind(spec, root, mistakes)
     mistakes += _without_name(spec, root)
     if result is not None and not mistakes:
         return result
     lines = [f"{at}: {what}" for at, what in sorted(dict.fromkeys(mistakes), key=_line)]
     if len(lines) > MAX_MISTAKES:
-        lines = [*lines[:MAX_MISTAKES], f"{path or 'this machine'}: and {len(lines) - MAX_MISTAKES} more mistakes"]
+        file = re.sub(r":\d+\Z", "", root.where)
+        lines = [*lines[:MAX_MISTAKES], f"{file}: and {len(lines) - MAX_MISTAKES} more mistakes"]
     raise InputError("\n".join(lines))
+
+
+def _of_either_kind(spec: type[Options], root: Node, mistakes: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A job has a model or a script: what is said where it has both, or neither."""
+    if spec is JobSpec:
+        of_model = "model is missing;"
+        also = f", or {ENTRYPOINT}: {{script: train.py}} to run a script of your own"
+        return [(at, what + also if what.startswith(of_model) else what) for at, what in mistakes]
+    if spec is not ScriptSpec:
+        return mistakes
+    both = [key for key in words.fields(JobSpec) if key in root.value and key not in words.fields(ScriptSpec)]
+    said = [f"{key} is not a key" for key in both]
+    kept = [(at, what) for at, what in mistakes if not what.startswith(tuple(said))]
+    at_both = f"stands beside {ENTRYPOINT}, which is at {root.value[ENTRYPOINT].where}"
+    return kept + [
+        (root.value[key].where, f"{key} {at_both}: a script brings its own; remove one of the two") for key in both
+    ]
 
 
 def _line(mistake: tuple[str, str]) -> int:

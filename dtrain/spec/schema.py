@@ -12,16 +12,42 @@ from pydantic_core import CoreSchema
 from dtrain.component import Options
 from dtrain.spec import words
 from dtrain.spec.cluster import ClusterSpec
-from dtrain.spec.job import JobSpec
+from dtrain.spec.job import SHORT_FORMS, JobSpec, ScriptSpec
 
 SPECS: dict[str, type[Options]] = {"job": JobSpec, "cluster": ClusterSpec}
 
 
 def json_schema(kind: str) -> dict[str, Any]:
     """JSON Schema of a `job` or a `cluster` file; editors complete and check files by it."""
-    schema = SPECS[kind].model_json_schema(by_alias=True, schema_generator=_Generator)
+    schema = _of(SPECS[kind])
+    if SPECS[kind] is JobSpec:
+        schema = _with_scripts(schema, _of(ScriptSpec))
     title = f"dtrain {kind} file"
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
+
+
+def _of(spec: type[Options]) -> dict[str, Any]:
+    return spec.model_json_schema(by_alias=True, schema_generator=_Generator)
+
+
+def _with_scripts(job: dict[str, Any], script: dict[str, Any]) -> dict[str, Any]:
+    """One schema for both kinds of job: what may stand in a file depends on whether it has an `entrypoint`."""
+    properties = {**job["properties"], **{k: v for k, v in script["properties"].items() if k not in job["properties"]}}
+    for key in SHORT_FORMS:
+        long = dict(properties[key])
+        said = {"description": long.pop("description")} if "description" in long else {}
+        properties[key] = {**said, "anyOf": [long, {"type": "string", "pattern": "^[^:]+:[A-Za-z_]\\w*$"}]}
+    only_job = {key: False for key in job["properties"] if key not in script["properties"]}
+    both = [key for key in job["required"] if key in script["required"]]
+    return {
+        **job,
+        "$defs": {**job["$defs"], **script["$defs"]},
+        "properties": properties,
+        "required": both,
+        "if": {"required": [key for key in script["required"] if key not in both]},
+        "then": {"properties": only_job},
+        "else": {"required": job["required"]},
+    }
 
 
 def schema_text(kind: str) -> str:
@@ -30,8 +56,11 @@ def schema_text(kind: str) -> str:
 
 
 def reference(kind: str) -> str:
-    """Every key of a `job` or a `cluster` file as Markdown tables: one for the file, one for each component."""
-    return "\n\n".join(_sections(SPECS[kind], "")) + "\n"
+    """Every key of a `job` or a `cluster` file as Markdown tables: one for the file, one for each component.
+
+    `script` is for a job file that has an `entrypoint`.
+    """
+    return "\n\n".join(_sections(ScriptSpec if kind == "script" else SPECS[kind], "")) + "\n"
 
 
 def generated() -> dict[str, str]:
@@ -40,6 +69,7 @@ def generated() -> dict[str, str]:
         "# Every key of a job and of a cluster file\n",
         "Written by `make generate` from the sentences beside the options in the code.\n",
         f"## Job file\n\n{reference('job')}",
+        f"## Job file that runs a script of your own\n\n{reference('script')}",
         f"## Cluster file\n\n{reference('cluster')}",
     ]
     schemas = {f"{kind}s/{kind}.schema.json": schema_text(kind) for kind in SPECS}

@@ -39,7 +39,7 @@ def generate(run: "Run", request: Request) -> Sample:
     from dtrain.data.cache import folder as cache_folder
     from dtrain.training.averaging import PREFIX as AVERAGE
 
-    plan = run.plan
+    plan = run.task_plan
     problems: list[str] = []
     found = store.newest_valid(run.checkpoints, problems.append)
     if found is None:
@@ -53,6 +53,7 @@ def generate(run: "Run", request: Request) -> Sample:
         f"{prefix if tensor.is_floating_point() else ''}model.{part}.{key}": tensor
         for part, module in task.parts.items()
         for key, tensor in _once(module.state_dict(keep_vars=True)).items()
+        if task.is_kept(f"{part}.{key}")
     }
     store.read_into(found[0], state)
     sample = made(task, source, request)

@@ -11,7 +11,7 @@ from functools import partial
 
 import click
 
-from dtrain.plan import Plan
+from dtrain.plan import Plan, ScriptPlan
 from dtrain.runs import Record, Run
 from dtrain.view import console, outcome, tables, words
 from dtrain.view import follow as live_view
@@ -28,7 +28,7 @@ KEYS: dict[str, Answer] = {
 }
 
 
-def follow(run: Run, plan: Plan, as_json: bool, from_now: bool = False) -> int:
+def follow(run: Run, plan: Plan | ScriptPlan, as_json: bool, from_now: bool = False) -> int:
     """Show a run until it has ended, or the person leaves it; returns the exit code."""
     out = console(stderr=as_json)
     live = not as_json and sys.stdin.isatty() and out.file.isatty() and not out.is_dumb_terminal

@@ -41,6 +41,7 @@ STYLES = {
     "checkpoint": "dim",
     "checkpoint-failed": "yellow",
     "checkpoint-rejected": "yellow",
+    "code-changed": "yellow",
 }
 """Colours of states and of the events shown above the bar."""
 
@@ -73,7 +74,7 @@ class Progress:
 
     def eta_s(self, num_steps: int, now: float) -> float | None:
         """Seconds left at the recent pace; None before there is one."""
-        if not self.rates or self.time is None:
+        if not self.rates or self.time is None or not num_steps:
             return None
         return max(0.0, (num_steps - self.step) / (sum(self.rates) / len(self.rates)) - (now - self.time))
 
@@ -226,7 +227,7 @@ class _Plain:
         eta = progress.eta_s(record.num_steps, time.time())
         if eta is not None and not record.ended:
             figures.append(("eta", words.duration(eta)))
-        step = f"step {line.get('step')}/{record.num_steps}"
+        step = f"step {line.get('step')}" + (f"/{record.num_steps}" if record.num_steps else "")
         self.event(Text(f"{words.clock(line.get('time', 0.0))}  {MANY_FIGURES.join([step, *map(' '.join, figures)])}"))
 
 
@@ -277,6 +278,9 @@ def panel(progress: Progress, record: runs.Record, now: float, width: int) -> Re
     title.add_column(no_wrap=True, justify="right")
     name = Text.assemble((record.id, "bold"), "  ", (record.state, STYLES.get(record.state, "")))
     title.add_row(name, Text(words.visible(record.cause), style="dim"), Text(who, style="dim"))
+    if not record.num_steps:
+        how_far = f"step {progress.step:,}" if progress.step else "nothing reported yet"
+        return Group(Text(), title, Text(how_far), *figure_lines(progress, record, now, width))
     bar = Table.grid(expand=True, padding=(0, 2))
     bar.add_column(ratio=1)
     bar.add_column(no_wrap=True, justify="right")

@@ -125,15 +125,18 @@ def indented(lines: list[str], by: int, style: str = "") -> Text:
 def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     """What a person would type now."""
     commands, name = [], words.called(run.path)
+    is_script = not record.num_steps
     if record.state == "succeeded":
-        commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
+        if not is_script:
+            commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
         commands += [(f"tensorboard --logdir {words.shortest(run.path)}/tensorboard", "its curves")]
     else:
         commands += [(f"dtrain logs {name}", "what its workers said")]
         if record.error_kind == "cluster":
             commands += [("dtrain cluster status", "whether the cluster is there")]
         if record.error_kind != "input":
-            commands += [(f"dtrain resume {name}", "goes on from the newest checkpoint")]
+            resume = "starts the script again" if is_script else "goes on from the newest checkpoint"
+            commands += [(f"dtrain resume {name}", resume)]
     commands += [(f"dtrain status {name}", "its whole story")]
     return command_list(commands)
 
@@ -149,6 +152,8 @@ def _steps(record: runs.Record) -> str:
     done = record.outcome.get("steps")
     if done is None and record.attempts:
         done = record.attempts[-1].last_step
+    if not record.num_steps:
+        return f"{words.plural(done, 'step')} reported" if done else "no step reported"
     if done is None or done == record.num_steps:
         return words.plural(record.num_steps, "step")
     return f"{done:,} of {record.num_steps:,} steps"

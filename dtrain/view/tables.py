@@ -76,7 +76,7 @@ def _ps_row(run: runs.Run, now: float) -> list[Text]:
         cells = [
             run.id,
             record.state,
-            f"{step_of(record, metrics):,}/{record.num_steps:,}",
+            f"{step_of(record, metrics):,}" + (f"/{record.num_steps:,}" if record.num_steps else ""),
             "-" if loss is None else words.measure(loss),
             words.age(now - record.created_at).removesuffix(" ago"),
             words.duration(_took(record, now)),
@@ -101,10 +101,14 @@ def status(run: runs.Run) -> RenderableType:
     """Everything a person may want to know of one run."""
     record, now, metrics = run.record, time.time(), latest(run)
     step = step_of(record, metrics)
-    share = f"{100 * step // max(1, record.num_steps)}%"
+    progress = f"step {step:,}"
+    if record.num_steps:
+        progress += f" of {record.num_steps:,} ({100 * step // record.num_steps}%)"
+    elif not step:
+        progress = "nothing reported" if record.ended else "nothing reported yet"
     rows: list[tuple[str, str | Text]] = [
         ("why", words.visible(record.cause)),
-        ("progress", f"step {step:,} of {record.num_steps:,} ({share})"),
+        ("progress", progress),
         ("workers", str(record.num_workers)),
         ("submitted", f"{words.moment(record.created_at)} ({words.age(now - record.created_at)}{_times(record)})"),
     ]
@@ -152,10 +156,13 @@ def attempts(record: runs.Record, now: float) -> RenderableType:
         over = a.ended_at is not None or record.ended
         took = words.duration((a.ended_at or now) - a.started_at) if a.ended_at or not over else "-"
         last = "?" if a.last_step is None and over else f"{a.last_step:,}" if a.last_step is not None else "..."
+        reached = f"{a.from_step:,}-{last}"
+        if a.source == "script":  # only the script knows where it went on from
+            reached = "?" if a.last_step == 0 else f"to {last}"
         why = Text(words.visible(a.cause or ("" if over else "under way")), style="" if a.cause else "dim")
         if a.failure:
             why = Text.assemble((a.failure, "yellow"), "  ", why)
-        table.add_row(str(a.number), f"{a.from_step:,}-{last}", a.source, words.clock(a.started_at), took, why)
+        table.add_row(str(a.number), reached, a.source, words.clock(a.started_at), took, why)
     return table
 
 

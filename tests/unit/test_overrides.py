@@ -13,7 +13,7 @@ from dtrain.spec.overrides import split_overrides
 JOB = f"""\
 name: tiny
 model: {{name: {component.names("models")[0]}}}
-data: {{name: {component.names("data")[0]}}}
+data: {{name: {"text"}}}
 batch: {{global: 8}}
 optimizer: {{name: adamw, lr: 0.1}}
 train: {{steps: 10}}

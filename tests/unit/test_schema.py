@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 GOOD = {
     "name": "tiny",
     "model": {"name": component.names("models")[0]},
-    "data": {"name": component.names("data")[0]},
+    "data": {"name": "text"},
     "batch": {"global": 8},
     "optimizer": {"name": "adamw", "lr": 0.1, "betas": [0.8, 0.9]},
     "train": {"steps": 10},

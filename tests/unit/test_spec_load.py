@@ -17,7 +17,7 @@ from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import JobSpec
 from dtrain.spec.load import load_both, load_cluster, load_job, located, where
 
-MODEL, DATA = component.names("models")[0], component.names("data")[0]
+MODEL, DATA = component.names("models")[0], "text"
 GOOD = f"""\
 name: tiny
 model: {{name: {MODEL}}}

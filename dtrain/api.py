@@ -1,0 +1,219 @@
+"""dtrain from Python: submit a job, and be with its run. The commands go through the same functions.
+
+import dtrain
+
+run = dtrain.submit("jobs/gpt_small.yaml", overrides={"train.steps": 100})
+run.wait()
+print(run.metrics()[-1], run.best_checkpoint)
+"""
+
+import io
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from dtrain import component, runs
+from dtrain.component import Options
+from dtrain.errors import ClusterError, DtrainError, InputError, from_kind
+from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
+from dtrain.spec import document, load
+from dtrain.spec.cluster import ClusterSpec
+from dtrain.spec.document import Node
+from dtrain.spec.job import JobSpec, ScriptSpec
+
+LOCAL_CLUSTER = Path("clusters/local.yaml")
+POLL_S = 0.1
+STOP_S = 150.0
+AnyJob = str | Path | Mapping[str, Any] | JobSpec | ScriptSpec
+AnyCluster = str | Path | Mapping[str, Any] | ClusterSpec | None
+Overrides = Sequence[str] | Mapping[str, Any]
+Say = Callable[[str], None]
+
+
+def submit(job: AnyJob, cluster: AnyCluster = None, overrides: Overrides = (), *, say: Say | None = None) -> "Run":
+    """Hand a job to its cluster and return at once.
+
+    `job` is a file, what would stand in one, or a spec; so is `cluster`, this machine when left out. `overrides` are
+    `["train.steps=100"]` or `{"train.steps": 100, "cluster.storage": "runs"}`. Relative paths in a job start at its
+    file's folder, else where Python runs. `say` is told what is being waited for.
+    Raises `InputError`, `ClusterError` and `StorageError` as `dtrain submit` does.
+    """
+    settings = _settings(overrides)
+    plan = decide(job, cluster, settings)
+    run = runs.create(plan, job_text(job, settings))
+    hand_over(run, plan, say or _nothing)
+    return Run(run.path)
+
+
+def _nothing(text: str) -> None:
+    del text
+
+
+class Run:
+    """One run, by its folder."""
+
+    def __init__(self, path: str | Path) -> None:
+        self._run = runs.Run(Path(path).absolute())
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r})"
+
+    @property
+    def id(self) -> str:
+        return self._run.id
+
+    @property
+    def path(self) -> Path:
+        """Its folder."""
+        return self._run.path
+
+    @property
+    def status(self) -> runs.Record:
+        """Where it stands: state, cause, attempts, exit code, outcome."""
+        return self._run.record
+
+    def wait(self, timeout_s: float | None = None, *, check: bool = True) -> runs.Record:
+        """Wait for its end.
+
+        Raises `TimeoutError` when it has not come in time and, unless `check` is turned off, the error that a run
+        which did not succeed ended with: `TrainingError`, `Stopped` and the others of `dtrain.errors`.
+        """
+        deadline = float("inf") if timeout_s is None else time.monotonic() + timeout_s
+        while not (record := self._run.record).ended:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self.id} is still {record.state} after {timeout_s:g} s")
+            time.sleep(POLL_S)
+        if check and record.state != "succeeded":
+            raise from_kind(record.error_kind or "internal", record.error or record.cause)
+        return record
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """What was measured so far, a line of metrics.jsonl each."""
+        return self._run.metrics()
+
+    def logs(self, rank: int | None = None) -> str:
+        """What its workers printed, in all attempts; of several workers, each line says whose it is."""
+        from dtrain.view import logs
+
+        out = io.BytesIO()
+        try:
+            logs.show(self._run, f"rank-{'*' if rank is None else rank}.log", out, follows=False)
+        except InputError:
+            if rank is not None and rank >= self.status.num_workers:
+                raise
+        return out.getvalue().decode(errors="replace")
+
+    def stop(self, timeout_s: float = STOP_S) -> runs.Record:
+        """Stop it after a last checkpoint, and wait for its end; one that has ended is left as it is."""
+        return stop(self._run, "Python", timeout_s)
+
+    @property
+    def best_checkpoint(self) -> Path | None:
+        """The whole checkpoint with the lowest held-out loss, the newest where none was measured; None without one.
+
+        What a script keeps is its own affair: it is in `path / "checkpoints"`.
+        """
+        from dtrain.view import tables
+
+        stored = tables.checkpoints(self._run)
+        measured = [c for c in stored if "loss" in c["metrics"]]
+        if not stored:
+            return None
+        best = min(reversed(measured), key=lambda c: c["metrics"]["loss"]) if measured else stored[-1]
+        return self._run.checkpoints / str(best["name"])
+
+
+# -- what commands share ---------------------------------------------------------------------------------------
+
+
+def decide(job: AnyJob, cluster: AnyCluster = None, overrides: Sequence[str] = ()) -> Plan | ScriptPlan:
+    """The plan of a job on a cluster. Raises `InputError` with every mistake of both."""
+    cluster = default_cluster() if cluster is None else cluster
+    asked, place = load.both_of(
+        lambda: _document(job, "the job"),
+        lambda: _document(cluster, "the cluster") if cluster is not None else load.this_machine(),
+        overrides,
+    )
+    if not isinstance(job, str | Path):
+        return make_plan(asked, place)
+    with load.located(job, overrides):
+        return make_plan(asked, place, folder=Path(job).parent)
+
+
+def default_cluster() -> Path | None:
+    """The cluster file that is meant where none is given; None for this machine as it is."""
+    return LOCAL_CLUSTER if LOCAL_CLUSTER.is_file() else None
+
+
+def job_text(job: AnyJob, overrides: Sequence[str]) -> str:
+    """A job as it is kept in the run folder."""
+    if isinstance(job, str | Path):
+        text = Path(job).read_text("utf-8")
+    else:
+        import yaml
+
+        text = yaml.safe_dump(json.loads(_json(job)), sort_keys=False)
+    return "".join([text, *(f"# --set {setting}\n" for setting in overrides)])
+
+
+def backend_of(plan: AnyPlan) -> ModuleType:
+    return component.load("backends", plan.backend.name)
+
+
+def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
+    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
+    backend = backend_of(plan)
+    try:
+        backend.send(backend.render(plan, run.path), plan.backend, say)
+    except DtrainError as error:
+        run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
+        raise
+    except KeyboardInterrupt:
+        run.ask_to_stop("Ctrl-C")
+        raise
+
+
+def stop(run: runs.Run, who: str, timeout_s: float) -> runs.Record:
+    """Ask a run to stop and wait for its end. Raises `ClusterError` when it does not come in time."""
+    record = run.record
+    if record.ended:
+        return record
+    run.ask_to_stop(who)
+    deadline = time.monotonic() + timeout_s
+    while not record.ended and time.monotonic() < deadline:
+        time.sleep(POLL_S)
+        record = run.record
+    if not record.ended:
+        raise ClusterError(
+            f"{run.id} was asked to stop and is still {record.state} after {timeout_s:g} s;"
+            f" `dtrain logs {run.id} --driver` says what holds it up, asking again waits longer,"
+            " `dtrain cluster down` ends it without a checkpoint"
+        )
+    return record
+
+
+def _settings(overrides: Overrides) -> list[str]:
+    if isinstance(overrides, str):
+        raise InputError(f"overrides are a list or a mapping; write [{overrides!r}]")
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    return list(overrides)
+
+
+def _document(given: Any, name: str) -> Node:
+    if isinstance(given, str | Path):
+        return document.read(given)
+    if not isinstance(given, Mapping | Options):
+        raise InputError(f"{name}: expected a path, a mapping or a spec, found a {type(given).__name__}")
+    root = document.parse(_json(given), name, fixed_where=True)
+    assert root is not None and isinstance(root.value, dict)
+    return root
+
+
+def _json(given: Mapping[str, Any] | Options) -> str:
+    if isinstance(given, Options):
+        return given.model_dump_json(by_alias=True)
+    return json.dumps(given, default=str)

@@ -1,0 +1,52 @@
+"""The task: predict the next byte of text with an LSTM. Change the network, the loss, or both."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dtrain
+
+
+def build(data: dtrain.DataShape, train: Any, width: int = 128, num_layers: int = 1) -> dtrain.Task:
+    """Called on every worker, torch's generator seeded; `options` in the job are its keyword arguments."""
+    return NextByte(Network(data.vocabulary_size, width, num_layers))
+
+
+class Network(nn.Module):
+    """From tokens [b, t] to a score for each token that may come next [b, t, vocabulary]."""
+
+    def __init__(self, vocabulary_size: int, width: int, num_layers: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary_size, width)
+        self.layers = nn.LSTM(width, width, num_layers, batch_first=True)
+        self.head = nn.Linear(width, vocabulary_size)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        out: Tensor = self.head(self.layers(self.embed(tokens))[0])
+        return out
+
+
+class NextByte(dtrain.Task):
+    """What is trained: `parts` are the networks, to be called as they are given."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__({"model": network})
+        self.network = network
+
+    def loss(self, phase: str, parts: Mapping[str, nn.Module], batch: Mapping[str, Tensor]) -> Tensor:
+        """The mean over the micro batch; -1 stands where nothing is to be predicted."""
+        return F.cross_entropy(parts["model"](batch["inputs"]).transpose(1, 2), batch["targets"], ignore_index=-1)
+
+    def sample(self, source: Any, request: dtrain.Request) -> dtrain.Sample:
+        """Text from the prompt on: shown at the end of a run, and by `dtrain sample`."""
+        tokens = source.encode(request.prompt) or [source.separator]
+        generator = torch.Generator().manual_seed(request.seed)
+        with torch.no_grad():
+            for _ in range(request.length):
+                scores = self.network(torch.tensor([tokens[-64:]]))[0, -1]
+                chances = (scores / max(request.temperature, 1e-3)).softmax(0)
+                tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
+        return dtrain.Sample(source.decode(tokens))
