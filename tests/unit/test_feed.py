@@ -3,18 +3,19 @@
 import os
 import signal
 import socket
-import subprocess
-import sys
-import textwrap
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from making import FOUR_GPUS, TWO_CORES, a_cluster
 
 from dtrain.data.order import Order
 from dtrain.errors import InputError
+from dtrain.plan import make_plan
+from dtrain.spec.job import JobSpec, Loading
 from dtrain.training.feed import Feed
 from dtrain.training.loading import TRAIN, LoaderLost, Loaders
 
@@ -229,20 +230,36 @@ def test_memory_is_registered_once_and_undone(loaders):
     assert registered == {}
 
 
-WORKER = """
-    import sys, time
-    sys.path.insert(0, sys.argv[1])
-    from test_feed import CPU, TRAIN, Feed, Loaders, Source, order
-    loaders = Loaders(lambda: Source(seconds=float(sys.argv[2])), 3, 2)
-    feed = Feed(Source(), order(), CPU, loaders)
-    if sys.argv[2] == "0":
-        feed.micro_batch(0, 0)
-    else:
-        stream = loaders.read(TRAIN, [order().micro_batch(step, 0) for step in range(6)])
-        time.sleep(0.1)
-    print(*(loader.pid for loader in loaders.loaders), flush=True)
-    time.sleep(60)
-"""
+# -- how many --------------------------------------------------------------------------------------------------
+
+
+def resolved(machine, data, **loading):
+    asked = {
+        "name": "tiny",
+        "model": {"name": "mlp"},
+        "data": data,
+        "batch": {"global": 8},
+        "optimizer": {"name": "sgd", "lr": 0.1},
+        "train": {"steps": 1, "loading": loading},
+    }
+    plan = make_plan(JobSpec.model_validate(asked), a_cluster(), machine)
+    return plan.train.loading, [note for note in plan.notes if "loading" in note]
+
+
+SHARDS = {"name": "webdataset", "source": "/nowhere/{0..9}.tar", "num_classes": 4}
+
+
+@pytest.mark.parametrize(
+    ("machine", "data", "num", "why"),
+    [
+        (TWO_CORES, SHARDS, 1, "1 core a worker, 4 at most"),
+        (replace(TWO_CORES, num_cores=64, gpus=FOUR_GPUS.gpus), SHARDS, 4, "16 cores a worker, 4 at most"),
+        (TWO_CORES, {"name": "images"}, 0, "these batches are cheap to read"),
+    ],
+)
+def test_auto_is_resolved_by_what_a_batch_costs(machine, data, num, why):
+    assert resolved(machine, data) == (Loading(workers=num, prefetch=2), [f"train.loading.workers: {num} ({why})"])
+    assert resolved(machine, data, workers=7, prefetch=1) == (Loading(workers=7, prefetch=1), [])
 
 
 def lives(pid):
@@ -253,17 +270,30 @@ def lives(pid):
         return False
 
 
-def test_loaders_end_with_their_worker_however_it_ends(loaders):
-    for seconds in ("0", "30"):
-        command = [sys.executable, "-c", textwrap.dedent(WORKER), str(Path(__file__).parent), seconds]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
-            pids = [int(word) for word in worker.stdout.readline().split()]
-            worker.kill()
-        assert len(pids) == 3
-        deadline = time.monotonic() + 1.0
-        while any(map(lives, pids)) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert not any(map(lives, pids))
+@pytest.mark.parametrize("busy", [True, False])
+def test_loaders_end_with_their_worker_however_it_ends(busy):
+    told, tell = os.pipe()
+    worker = os.fork()
+    if worker == 0:
+        loaders = Loaders(lambda: Source(seconds=30.0 if busy else 0.0), 3, 2)
+        stream = loaders.read(TRAIN, [order().micro_batch(step, 0) for step in range(6)])
+        if busy:
+            time.sleep(0.1)
+        else:
+            list(stream)
+        os.write(tell, " ".join(str(loader.pid) for loader in loaders.loaders).encode())
+        time.sleep(60)
+        os._exit(0)
+    pids = [int(word) for word in os.read(told, 100).split()]
+    assert len(pids) == 3 and all(map(lives, pids))
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+    deadline = time.monotonic() + 1.0
+    while any(map(lives, pids)) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not any(map(lives, pids))
+    os.close(told)
+    os.close(tell)
 
 
 def test_loaders_say_who_they_are(loaders):
