@@ -5,7 +5,7 @@ import io
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, PositiveFloat
@@ -87,6 +87,25 @@ def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accum
 
 def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
     """One DeepSpeed engine a phase, each dividing the parts that its phase trains."""
+
+    def wrap(root: "nn.Module", optimizer: Any, settings: dict[str, Any]) -> Any:
+        import deepspeed
+
+        return deepspeed.initialize(model=root, optimizer=optimizer, config=settings)[0]
+
+    options: Options = plan.strategy  # type: ignore[assignment]
+    return divide(task, plan, options, device, make_optimizer, wrap)
+
+
+def divide(
+    task: "Task",
+    plan: "Plan",
+    options: Options,
+    device: "torch.device",
+    make_optimizer: "MakeOptimizer",
+    wrap: Callable[["nn.Module", Any, dict[str, Any]], Any],
+) -> "Prepared":
+    """What `prepare` does, with `wrap` to make a DeepSpeed engine of a network, its optimizer and the settings."""
     from dtrain.models.networks.batch_norm import synchronise
     from dtrain.strategies import Prepared, zero_state
     from dtrain.strategies.engine import restructure, trained_parameters
@@ -98,7 +117,6 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
         raise InputError(
             f"two phases train the part {twice[0]}: ZeRO divides a part for one phase only; use strategy: {{name: ddp}}"
         )
-    options: Options = plan.strategy  # type: ignore[assignment]
     scalars = [name for phase in task.phases for name, p in trained_parameters(task, phase) if p.ndim == 0]
     if scalars and options.stage == 3:
         raise InputError(
@@ -119,15 +137,15 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
         else {id(p): p.detach() for m in task.parts.values() for p in m.parameters()}
     )
     roots, wrapped, held, optimizers = [], {}, {}, {}
-    config = configuration(plan)
+    settings = configuration(plan, options)
     for phase in task.phases:
         root = Root({name: task.parts[name] for name in phase.parts})
         trained = [(n, p, task.learning_rate_share(phase, n)) for n, p in trained_parameters(task, phase)]
         optimizer = make_optimizer(trained)
         group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        with _deepspeed(device) as deepspeed, _sendable(root):
-            engine, zero, _, _ = deepspeed.initialize(model=root, optimizer=optimizer, config=config)
-        held[phase.name] = zero_state.runs(zero)
+        with _loaded(device), _sendable(root):
+            engine = wrap(root, optimizer, settings)
+        held[phase.name] = zero_state.runs(engine.optimizer)
         zero_state.initialise(optimizer, held[phase.name], group_of)
         roots.append(root)
         wrapped[phase.name], optimizers[phase.name] = engine, optimizer
@@ -151,9 +169,8 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
     )
 
 
-def configuration(plan: "Plan") -> dict[str, Any]:
+def configuration(plan: "Plan", options: Options) -> dict[str, Any]:
     """DeepSpeed's settings, all of them from the plan."""
-    options: Options = plan.strategy  # type: ignore[assignment]
     is_low = plan.train.precision != "fp32"
     numbers_per_mib = 2**20 // (2 if is_low else 4)
     reduce_bucket = max(1, round(options.reduce_bucket_mib * numbers_per_mib))
@@ -190,8 +207,8 @@ def configuration(plan: "Plan") -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _deepspeed(device: "torch.device") -> Iterator[Any]:
-    """The library, ready to be used: with a process group, and silent where it only seems to have something to say."""
+def _loaded(device: "torch.device") -> Iterator[None]:
+    """In here DeepSpeed can be used: with a process group, and silent where it only seems to have something to say."""
     import torch.distributed as dist
 
     # Stage 3 reads it in every step (0.19.8, runtime/zero/utils.py); a setting of nobody's, so it may stay.
@@ -224,7 +241,7 @@ def _deepspeed(device: "torch.device") -> Iterator[Any]:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             # DeepSpeed imports torch's compiler, which uses what torch itself calls deprecated.
             warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
-            yield deepspeed
+            yield
     finally:
         logger.removeFilter(_is_worth_reading)
 

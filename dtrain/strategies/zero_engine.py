@@ -25,18 +25,19 @@ class Root(nn.Module):
 class Called(nn.Module):
     """A part as losses call it: through its root, whose hooks tell stage 3 that a forward pass begins.
 
-    Not through the DeepSpeed engine, which would turn the loop's autocast off.
+    Not through the DeepSpeed engine, which would turn the loop's autocast off. `through` is what is wrapped around
+    the root, where it must be called instead.
     """
 
-    def __init__(self, root: Root, name: str) -> None:
+    def __init__(self, root: Root, name: str, through: nn.Module | None = None) -> None:
         super().__init__()
         self.part = root.parts[name]
-        self._name, self._root = name, (root,)  # in a tuple: not a child, or modes would go round in circles
+        self._name, self._root = name, (root, through or root)  # in a tuple: not children, modes would go in circles
 
     def forward(self, *args: Any, **words: Any) -> Any:
-        (root,) = self._root
+        root, through = self._root
         root.chosen = self._name
-        return root(*args, **words)
+        return through(*args, **words)
 
 
 class ZeroEngine:

@@ -43,7 +43,7 @@ def test_all_stages_are_planned_on_cores_and_on_gpus():
 
 def test_settings_leave_nothing_to_deepspeed():
     plan = a_plan(strategy=zero(stage=3, offload_parameters=True), batch={"global": 16, "micro": 2})
-    settings = deepspeed.configuration(plan)
+    settings = deepspeed.configuration(plan, plan.strategy)
     assert "auto" not in json.dumps(settings)
     micro, accumulation = settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"]
     assert (micro, accumulation, settings["train_batch_size"]) == (2, 4, 16)
@@ -59,7 +59,7 @@ def test_settings_follow_precision_and_device():
         strategy=zero(stage=2, offload_optimizer="cpu", gather_bucket_mib=1.0),
         train={"precision": "bf16", "clip_grad_norm": None},
     )
-    settings = deepspeed.configuration(plan)
+    settings = deepspeed.configuration(plan, plan.strategy)
     assert settings["bf16"] == {"enabled": True}
     assert settings["data_types"] == {"grad_accum_dtype": "fp32"}
     assert settings["gradient_clipping"] == 0.0

@@ -1,0 +1,59 @@
+"""What Accelerate cannot do inside of dtrain is refused when a job is planned, with what to do instead."""
+
+import re
+
+import pytest
+from making import FOUR_GPUS, a_job, a_plan
+
+from dtrain.errors import InputError
+from dtrain.models import ModelSize
+from dtrain.strategies import accelerate
+
+
+def engine(name, **options):
+    return {"name": "accelerate", "engine": name, **options}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "train", "message"),
+    [
+        (
+            engine("ddp"),
+            {"precision": "fp16"},
+            "train.precision fp16: strategy accelerate keeps the scale of its losses to itself, and a run that is"
+            " resumed would lose it; use bf16, or strategy: {name: ddp}",
+        ),
+        (
+            engine("deepspeed", stage=3),
+            {"compile": True},
+            "train.compile: stage 3 exchanges the weights inside of what would be compiled",
+        ),
+    ],
+)
+def test_refusals_name_the_key_and_the_alternative(strategy, train, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        a_plan(strategy=strategy, train=train)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "alternative"),
+    [
+        (engine("fsdp"), "strategy: {name: fsdp}"),
+        (engine("deepspeed", stage=1), "strategy: {name: deepspeed, stage: 1}"),
+    ],
+)
+def test_only_ddp_takes_several_networks(strategy, alternative):
+    """The size is that of a GAN; all else of the job is of no account."""
+    job, workers = a_job(strategy=strategy), a_plan().workers
+    size = ModelSize(100, 600, 400, parts=("generator", "discriminator"))
+    message = f"takes one network, and this model has 2 (generator, discriminator); use {alternative}"
+    with pytest.raises(InputError, match=re.escape(message)):
+        accelerate.check(job.strategy, job, workers, size)
+    ddp = a_job(strategy=engine("ddp"))
+    accelerate.check(ddp.strategy, ddp, workers, size)
+
+
+def test_all_engines_are_planned_on_cores_and_on_gpus():
+    for name in ("ddp", "fsdp", "deepspeed"):
+        assert a_plan(strategy=engine(name)).strategy.engine == name
+        assert a_plan(machine=FOUR_GPUS, strategy=engine(name), train={"precision": "bf16"}).workers.device == "cuda"
