@@ -84,7 +84,7 @@ def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accum
     """Everything is divided by the workers that share a copy; gradients that wait for the last micro batch are not."""
     from dtrain import footprint
 
-    if options.cpu_offload:
+    if options.cpu_offload and workers.device == "cuda":
         return footprint.Bytes(trained=0.0, frozen=0.0, average=0.0)
     shards = max(workers.total // _copies(options, workers), 1)
     waiting = 4.0 if accumulation > 1 and not options.reduce_each_micro_batch else 0.0
@@ -116,8 +116,6 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
     _shard(task, options, plan, data_mesh)
     worker = dist.get_rank()
     shards = sharding.shards_of(task, mesh, worker)
-    is_single_phase = len(task.phases) == 1
-    whole = {} if is_single_phase else {name: sharding.gathered_parameters(p) for name, p in task.parts.items()}
     engines = {
         phase.name: sharding.ShardedEngine(
             task,
@@ -127,7 +125,6 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
             make_optimizer,
             device=device,
             is_reduced_last=not options.reduce_each_micro_batch,
-            idle=[p for name, parameters in whole.items() if name not in phase.parts for p in parameters],
             shared=shared,
             tensor_group=tensor_mesh.get_group() if tensor_mesh is not None else None,
         )
@@ -165,6 +162,13 @@ def _shard(task: "Task", options: Options, plan: "Plan", mesh: "DeviceMesh") -> 
     # Autocast stays on, as under any other strategy: what must be exact (norms, losses) is, and a layer that is
     # gathered in a low format is one that autocast would cast to it.
     reduced = torch.bfloat16 if options.gradient_compression == "bf16" else torch.float32
+    for name, part in task.parts.items():
+        for key, parameter in part.named_parameters():
+            if parameter.ndim == 0:
+                raise InputError(
+                    f"strategy fsdp cuts parameters along their first dimension, and {name}.{key} has none; give it the"
+                    " shape [1], or use strategy: {name: ddp}"
+                )
     low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.precision) if options.gather == "low" else None
     words: dict[str, Any] = {
         "mesh": mesh,
@@ -247,4 +251,5 @@ def _nearest_divisor(number: int, to: int) -> int:
 
 
 def _of(readers: int, options: Options) -> str:
-    return f"{readers} workers" if options.tensor_parallel == 1 else f"{readers} groups of {options.tensor_parallel}"
+    sharing = options.tensor_parallel
+    return f"{readers} workers" if sharing == 1 else f"{readers} groups of {sharing} workers"

@@ -6,7 +6,6 @@ the norm of the gradients.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -66,8 +65,7 @@ def shards_of(task: Task, mesh: Mesh, worker: int) -> dict[int, Shard]:
 class ShardedEngine:
     """Accumulate, clip, step: each worker its own shards.
 
-    `idle` are the whole parameters of the parts that `phase` does not train, `shared` the names of those whose
-    gradients are summed over `tensor_group`.
+    `shared` are the names of parameters whose gradients are summed over `tensor_group`.
     """
 
     def __init__(
@@ -80,7 +78,6 @@ class ShardedEngine:
         *,
         device: torch.device,
         is_reduced_last: bool,
-        idle: Sequence[nn.Parameter],
         shared: Sequence[str],
         tensor_group: dist.ProcessGroup | None,
     ) -> None:
@@ -93,7 +90,9 @@ class ShardedEngine:
         self.scale = loss_scale(plan, device)
         self._phase, self._max_norm, self._device = phase.name, plan.train.clip_grad_norm, device
         self._is_checked = False
-        self._idle = idle
+        others = [part for name, part in task.parts.items() if name not in phase.parts]
+        self._idle = [p for part in others for p in part.parameters() if p.requires_grad]
+        self._idle_modules = list(sharded_modules(others))
         self._roots = [part for name, part in task.parts.items() if name in phase.parts]
         self._modules = list(sharded_modules(self._roots))
         self._is_reduced_last, self._is_synchronised = is_reduced_last, True
@@ -107,13 +106,20 @@ class ShardedEngine:
             self._is_synchronised = wanted
             for root in self._roots:
                 root.set_requires_gradient_sync(wanted)
-        for parameter in self._idle:
-            parameter.requires_grad_(False)
+        # FSDP learns in its first pass what is trained, in any phase: gradients that come of it are dropped by `step`.
+        if self._is_checked:
+            self._train_idle(False)
 
     def backward(self, loss: torch.Tensor) -> None:
         (loss if self.scale is None else self.scale.raised(loss)).backward()
+        if self._is_checked:
+            self._train_idle(True)
+
+    def _train_idle(self, is_trained: bool) -> None:
+        """Whether parts that this phase does not train get gradients; their weights hear of it when gathered anew."""
         for parameter in self._idle:
-            parameter.requires_grad_(True)
+            parameter.requires_grad_(is_trained)
+        reshard(self._idle_modules)
 
     def step(self, learning_rate: float) -> torch.Tensor:
         if not self._is_checked:
@@ -123,6 +129,8 @@ class ShardedEngine:
         for shard in self._shards:
             shard.local.grad = None if shard.sharded.grad is None else shard.sharded.grad.to_local()
             shard.sharded.grad = None
+        for parameter in self._idle:
+            parameter.grad = None
         for shard in self._shared:
             dist.all_reduce(shard.local.grad, group=self._tensor_group)
         norm = update(self.optimizer, self._locals, learning_rate, self._max_norm, self._norm_of, self.scale)
@@ -153,20 +161,6 @@ def reshard(modules: Sequence[FSDPModule]) -> None:
         module.reshard()
 
 
-def gathered_parameters(root: nn.Module) -> list[nn.Parameter]:
-    """The parameters as a forward pass sees them, whole; they stay the same objects from pass to pass.
-
-    Gathers group by group, once. Call it on all workers.
-    """
-    found: dict[int, nn.Parameter] = {}
-    sharded = {id(parameter) for parameter in root.parameters()}
-    for module in sharded_modules([root]):
-        module.unshard()
-        found |= {id(p): p for p in root.parameters() if id(p) not in sharded and p.requires_grad}
-        module.reshard()
-    return list(found.values())
-
-
 def state_of(
     task: Task, shards: Mapping[int, Shard], engines: Mapping[str, ShardedEngine], is_first: bool
 ) -> list[Piece]:
@@ -191,7 +185,7 @@ def state_of(
                 name = f"optimizer.{phase}.{shard.name}.{key}"
                 if not isinstance(value, torch.Tensor):
                     continue
-                if value.shape == shard.local.shape and math.prod(shard.sharded.shape) != 1:
+                if value.shape == shard.local.shape:
                     state += _held(shard, name, value)
                 else:
                     state.append(whole(name, value, is_first))

@@ -76,6 +76,8 @@ class Cell:
     train: Mapping[str, Any] = field(default_factory=dict)
     """Added to the job's `train`: precision, activation_checkpointing, ..."""
     optimizer: Mapping[str, Any] = field(default_factory=lambda: dict(ADAMW))
+    evaluate_every: int | None = None
+    """Steps between evaluations; only at the end when left out."""
     steps: int = 5
     global_size: int = 8
     accumulation: int = 2
@@ -106,7 +108,7 @@ class Cell:
             "optimizer": dict(self.optimizer),
             "schedule": {"name": "constant"},
             "train": {"steps": self.steps, "log_every_steps": 1, **self.train},
-            "evaluate": {"every_steps": None},
+            "evaluate": {"every_steps": self.evaluate_every},
             "strategy": dict(self.strategy),
         }
         # As many cores as workers, so that each computes with one thread: two that wait for each other on one core
@@ -334,7 +336,8 @@ class Made:
         shape = self._shape
         walk = rng.standard_normal((shape.sequence_length + shape.horizon, shape.num_features)).cumsum(0)
         series = (walk / np.sqrt(len(walk))).astype(np.float32)
-        return {"inputs": series[: shape.sequence_length], "targets": series[shape.sequence_length :, 0]}
+        past, future = np.split(series, [shape.sequence_length])
+        return {"inputs": past, "last": past[-1, 0], "targets": future[:, 0]}
 
 
 class Source:
@@ -407,6 +410,7 @@ def make_training(rank: int, num_workers: int, plan: Plan, shape: DataShape, tas
     else:
         made = task(shape, plan.train)
     prepared = strategy.prepare(made, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
+    prepared = prepared.keeping(made.is_kept)
     average = Average(prepared, plan.train.ema) if plan.train.ema else None
     return loop.Training(plan, made, prepared, Source(shape), place, average)
 
