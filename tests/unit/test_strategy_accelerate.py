@@ -20,8 +20,10 @@ def engine(name, **options):
         (
             engine("ddp"),
             {"precision": "fp16"},
-            "train.precision fp16: strategy accelerate keeps the scale of its losses to itself, and a run that is"
-            " resumed would lose it; use bf16, or strategy: {name: ddp}",
+            (
+                "train.precision fp16: strategy accelerate keeps the scale of its losses to itself, and a run that is"
+                " resumed would lose it; use bf16, or strategy: {name: ddp}"
+            ),
         ),
         (
             engine("deepspeed", stage=3),
