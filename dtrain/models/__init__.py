@@ -117,6 +117,10 @@ class Task:
         """
         return {}
 
+    def is_kept(self, name: str) -> bool:
+        """Whether the tensor `<part>.<name>` must survive; False for what `build` makes again, the same each time."""
+        return True
+
     def learning_rate_share(self, phase: Phase, name: str) -> float:
         """Share of the learning rate that the parameter `<part>.<name>` trains with in `phase`."""
         return 1.0

@@ -41,7 +41,10 @@ FILES = ["*.json", "*.safetensors"]
 
 
 class Lora(component.Options):
-    """Low-rank adaptation (Hu et al., "LoRA", 2021): the weights stay, and small matrices beside them are trained."""
+    """Low-rank adaptation (Hu et al., "LoRA", 2021): the weights stay, and small matrices beside them are trained.
+
+    Checkpoints hold what is trained, and a digest of the files whose weights it belongs to.
+    """
 
     rank: Annotated[int, Field(gt=0, le=4096)] = 8
     """Numbers between the two small matrices."""
@@ -122,7 +125,7 @@ def build(options: Options, data: DataShape, train: "Train") -> Task:
     """
     import torch
 
-    from dtrain.models.networks.pretrained import Pretrained, adapt, load
+    from dtrain.models.networks.pretrained import Pretrained, adapt, digest, load
 
     _check_kind(data)
     folder = _folder(options)
@@ -135,17 +138,21 @@ def build(options: Options, data: DataShape, train: "Train") -> Task:
             adapt(network, options.lora, new)
     if options.lora is None:
         _freeze(options, network)
-    part = Pretrained(network)
+    part = Pretrained(network, digest(folder) if options.lora is not None else None)
     if data.kind == "images":
         return ImageTask(part, options)
     return TextTask(part, options, data)
 
 
 class _Layered(Task):
-    """What both tasks share: blocks, and learning rates that fall from layer to layer."""
+    """What both tasks share: blocks, rates that fall from layer to layer, and weights that need not be kept."""
 
     _part: "Pretrained"
     _layer_decay: float
+
+    def is_kept(self, name: str) -> bool:
+        """With LoRA the weights stay those of the files, and only what is beside them must survive."""
+        return self._part.is_kept(name.removeprefix("model."))
 
     def blocks(self) -> "list[nn.Module]":
         """The repeated layers of the model."""
@@ -167,6 +174,7 @@ class TextTask(_Layered):
     def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
         """Mean nats a target of `batch`: inputs and targets, both [b, t]."""
         del phase
+        self._part.check_files()
         return self._nats(parts, batch, self._smoothing) / (batch["targets"] >= 0).sum()
 
     def evaluate(
@@ -190,6 +198,7 @@ class TextTask(_Layered):
         """The prompt and the text of up to `length` tokens after it; None for a model that fills gaps only."""
         if self._kind != "tokens":
             return None
+        self._part.check_files()
         tokens = source.encode(request.prompt)
         made = self._part.generate(
             tokens or [source.separator],
@@ -224,6 +233,11 @@ class ImageTask(_Layered, Classifier):
     def __init__(self, part: "Pretrained", options: Options) -> None:
         Classifier.__init__(self, part, (), options.label_smoothing, options.mixup, options.cutmix)
         self._part, self._layer_decay = part, options.layer_decay
+
+    def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
+        """Mean nats a sample."""
+        self._part.check_files()
+        return Classifier.loss(self, phase, parts, batch)
 
 
 def _check_kind(data: DataShape) -> None:

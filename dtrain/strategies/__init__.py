@@ -11,7 +11,7 @@ how many do; they read the same samples. A fifth where a worker holds less than 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from dtrain.checkpoint.pieces import Piece
 
+MODEL = "model."
+"""What the names of the networks' own tensors begin with."""
 MakeOptimizer = Callable[[Iterable[tuple[str, Any, float]]], Any]
 """From (name, parameter, share of the learning rate) to a torch optimizer with the plan's settings."""
 
@@ -60,3 +62,8 @@ class Prepared:
     """Whether every worker holds the whole state: then any one survivor can restore all others."""
     refresh: Callable[[], None] = nothing
     """Called after the tensors of `state` were changed in place from outside (restored, averaged)."""
+
+    def keeping(self, is_kept: Callable[[str], bool]) -> "Prepared":
+        """The same without the state of networks that `is_kept` (of `<part>.<name>`) lets go."""
+        kept = [p for p in self.state if not p.name.startswith(MODEL) or is_kept(p.name.removeprefix(MODEL))]
+        return replace(self, state=kept)

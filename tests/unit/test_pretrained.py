@@ -3,6 +3,7 @@
 import inspect
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 import torch
 from making import a_plan
 
+from dtrain.checkpoint import store
 from dtrain.data import DataShape, text, tokens
 from dtrain.errors import InputError
 from dtrain.models import Phase, Request, pretrained
@@ -331,6 +333,60 @@ def test_recomputed_activations_change_nothing(models):
         gradients.append([p.grad for p in task.parts["model"].parameters()])
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other)
+
+
+# -- what is kept ------------------------------------------------------------------------------------------------
+
+
+def prepared(task):
+    make = lambda parameters: build_optimizer(AdamW(name="adamw", lr=0.02), parameters)  # noqa: E731
+    return ddp.prepare(task, a_plan(train={"steps": 10}), torch.device("cpu"), make).keeping(task.is_kept)
+
+
+def test_of_lora_the_matrices_are_kept_and_of_others_everything(models):
+    names = {piece.name for piece in prepared(built(models["gpt"], lora={})).state}
+    kept = {name for name in names if name.startswith("model.")}
+    assert kept - {"model.model.source"} == {name for name in kept if "lora_" in name}
+    assert "model.model.source" in kept
+    vit = {piece.name for piece in prepared(built(models["vit of three"], IMAGES, lora={})).state}
+    assert "model.model.network.classifier.weight" in vit
+    plain = built(models["gpt"], freeze=("*.h.0.*",))
+    assert {piece.name for piece in prepared(plain).state} >= {f"model.model.{n}" for n in trained_names(plain)}
+    assert any(".h.0." in piece.name for piece in prepared(plain).state)
+
+
+def test_a_checkpoint_of_lora_is_put_back_beside_the_same_weights_only(models, tmp_path):
+    task, samples = built(models["gpt"], lora={"rank": 4}), batch()
+    made = prepared(task)
+    engine = made.engines["train"]
+    for _ in range(5):
+        engine.begin(True)
+        engine.backward(task.loss("train", engine.parts, samples))
+        engine.step(0.02)
+    store.write(tmp_path, 5, made.state, {})
+    expected = task.loss("train", task.parts, samples)
+
+    again = built(models["gpt"], seed=9, lora={"rank": 4})
+    store.read_into(store.path_of(tmp_path, 5), prepared(again).state)
+    assert torch.equal(again.loss("train", again.parts, samples), expected)
+
+    config = tmp_path / "other" / "config.json"
+    shutil.copytree(models["gpt"], config.parent)
+    weights = bytearray((config.parent / "model.safetensors").read_bytes())
+    weights[-5] ^= 1
+    (config.parent / "model.safetensors").write_bytes(weights)
+    other = built(str(config.parent), lora={"rank": 4})
+    other.loss("train", other.parts, samples)
+    changed = built(str(config.parent), lora={"rank": 4})
+    store.read_into(store.path_of(tmp_path, 5), prepared(changed).state)
+    with pytest.raises(InputError, match="its files are not those that the checkpoint was trained beside"):
+        changed.loss("train", changed.parts, samples)
+
+
+def test_where_the_files_lie_does_not_matter(models, tmp_path):
+    shutil.copytree(models["gpt"], tmp_path / "copy")
+    one, other = (built(str(f), lora={}).parts["model"].source for f in (models["gpt"], tmp_path / "copy"))
+    assert torch.equal(one, other)
 
 
 # -- what does not go together -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Networks of the `transformers` library: how they are loaded, called, and given LoRA matrices."""
 
 import contextlib
+import hashlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,13 +19,23 @@ if TYPE_CHECKING:
     from dtrain.models.pretrained import Lora
 
 
+NUM_SAMPLED, SAMPLED_BYTES = 64, 64 * 2**10
+"""Of each file of weights, how many pieces of how many bytes are read to know it again."""
+
+
 class Pretrained(nn.Module):
     """A model of `transformers`, called with tokens (int64 [b, t]) or images ([b, c, h, w]); gives scores."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, source: bytes | None = None) -> None:
+        """`source` is the digest of the files that frozen weights come from; it is kept in their stead."""
         super().__init__()
         self.network = network
         self._layers = _depths(network)
+        self._source = source
+        self._frozen = {f"network.{name}" for name, p in network.named_parameters() if not p.requires_grad}
+        self._is_checked = source is None
+        if source is not None:
+            self.register_buffer("source", torch.tensor(list(source), dtype=torch.uint8))
 
     def forward(
         self, inputs: torch.Tensor, documents: torch.Tensor | None = None, is_causal: bool = True
@@ -40,6 +51,21 @@ class Pretrained(nn.Module):
         if documents is not None:
             words["position_ids"], words["attention_mask"] = apart(documents, is_causal)
         return self.network(input_ids=inputs, **words).logits
+
+    def is_kept(self, name: str) -> bool:
+        """Whether the tensor `name` is not to be had from the files."""
+        return self._source is None or name not in self._frozen
+
+    def check_files(self) -> None:
+        """Raises `InputError` when a checkpoint was put back that belongs to weights of other files."""
+        if self._is_checked:
+            return
+        self._is_checked = True
+        if bytes(self.source.tolist()) != self._source:
+            raise InputError(
+                "model.source: its files are not those that the checkpoint was trained beside; put the old ones back,"
+                " or submit a new run"
+            )
 
     def blocks(self) -> list[nn.Module]:
         """The repeated layers: elements of the outermost lists of equal modules."""
@@ -76,6 +102,23 @@ class Pretrained(nn.Module):
                 made.append(token)
                 seen.append(token)
         return made
+
+
+def digest(folder: Path) -> bytes:
+    """SHA-256 of the weights' names, shapes and sizes in a folder, and of a sample of their bytes.
+
+    All bytes of a large model would take a minute to read; other weights differ nearly everywhere.
+    """
+    total = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            total.update(size.to_bytes(8, "little"))
+            total.update(file.read(int.from_bytes(file.read(8), "little")))
+            for number in range(NUM_SAMPLED):
+                file.seek(max(size - SAMPLED_BYTES, 0) * number // (NUM_SAMPLED - 1))
+                total.update(file.read(SAMPLED_BYTES))
+    return total.digest()
 
 
 def load(folder: Path, head: str, num_classes: int) -> tuple[nn.Module, list[str]]:
