@@ -10,3 +10,9 @@ import pytest
 def test_a_plan_is_the_committed_one(job: Path, machine: str) -> None:
     committed = plans.golden(job, machine).read_text()
     assert plans.text(job, machine) == committed, "run `make generate`, read the difference, commit it"
+
+
+def test_there_is_a_plan_for_each_case_and_no_other() -> None:
+    jobs = {job.stem for job in (plans.ROOT / "jobs").glob("*.yaml")}
+    assert jobs >= plans.FOR_GPUS | plans.FOR_BOTH
+    assert set(Path(plans.__file__).parent.glob("*.json")) == {plans.golden(*case) for case in plans.cases()}
