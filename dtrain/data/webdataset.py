@@ -7,7 +7,7 @@ shards that do not change during a run: one that is cut short or no longer holds
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -16,8 +16,9 @@ from pydantic import Field
 
 from dtrain import component
 from dtrain.data import DataShape, pictures, tar_shards
-from dtrain.data.augmentation import Augmentation, flip_and_crop, parts
+from dtrain.data.augmentation import Augmentation
 from dtrain.data.kept import digest
+from dtrain.data.pixels import Decoded, Look
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
 from dtrain.data.tar_shards import Sample, Shard
 from dtrain.errors import InputError, TrainingError
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 FORMAT = 1
 """Raise when the same shards would be prepared differently."""
 _SPREAD = 0x5EED
-_COLUMNS = 3
+_LABEL = 3
+"""Column of the label, behind shard, offset and size."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 Addresses = str | Annotated[tuple[str, ...], Field(min_length=1)]
 Channel = Annotated[float, Field(gt=0.0)]
@@ -92,12 +94,7 @@ def resolve(options: Options, folder: Path) -> Options:
             f"data.classes has {len(options.classes)} names, and data.num_classes is {options.num_classes};"
             " write a name for each class"
         )
-    for name in ("mean", "std"):
-        given = getattr(options, name)
-        if given is not None and len(given) not in (1, options.channels):
-            raise InputError(
-                f"data.{name} has {len(given)} numbers; write one, or one for each of {options.channels} channels"
-            )
+    _look(options).check()
     changes = {"source": _resolved(options.source, folder)}
     if options.held_out_source is not None:
         changes["held_out_source"] = _resolved(options.held_out_source, folder)
@@ -143,9 +140,10 @@ class ShardSource:
             Members(
                 Shards(meta["shards"][part], options.storage_options),
                 np.load(folder / f"{part}.npy", mmap_mode="r"),
-                options,
+                _look(options),
                 augment,
                 self._normalised,
+                options,
             )
             for part, augment in (("train", options.augment), ("held_out", Augmentation()))
         )
@@ -165,8 +163,8 @@ class ShardSource:
         """uint8 [b, h, w, c] to float32 [b, c, h, w]."""
         import numpy as np
 
-        images = np.empty((len(pixels), pixels.shape[3], *pixels.shape[1:3]), dtype=np.float32)
-        np.multiply(pixels.transpose(0, 3, 1, 2), self._scale[:, None, None], out=images)
+        first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
+        images = np.multiply(first, self._scale[:, None, None], dtype=np.float32)
         images += self._shift[:, None, None]
         return images
 
@@ -207,51 +205,58 @@ class Members:
     """Pictures in shards, read and decoded when they are asked for."""
 
     def __init__(
-        self,
-        shards: Shards,
-        rows: "np.ndarray",
-        options: Options,
-        augment: Augmentation,
-        normalised: "Callable[[np.ndarray], np.ndarray]",
+        self, shards: Shards, rows: "np.ndarray", look: Look, augment: Augmentation, normalised: Any, options: Options
     ) -> None:
         self.num_samples = len(rows)
         self._shards, self._rows, self._options = shards, rows, options
-        self._augment, self._normalised = augment, normalised
+        self._look, self._augment, self._normalised = look, augment, normalised
 
     def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
         """images, float32 [b, c, h, w], and labels, int64 [b]. Raises `TrainingError` for a sample that is broken."""
         import numpy as np
 
         rows = np.asarray(self._rows[indices])
-        size, share = self._options.size, self._augment.resized_crop
-        cut = []
-        for row, data, draw in zip(rows, self._shards.read(rows[:, :3]), draws[:, None], strict=True):
-            picture = self._decoded(row, data)
-            if share < 1.0:
-                box: Any = tuple(parts(share, np.array([picture.size]), draw)[0])
-            else:
-                box = pictures.center(picture, self._options.center_crop)
-            cut.append(pictures.fit(picture, size, box))
-        pixels = flip_and_crop(np.stack(cut), self._augment, draws)
-        return {"images": self._normalised(pixels), "labels": np.ascontiguousarray(rows[:, 3])}
+        fetched: Any = _Fetched(rows, self._shards.read(rows[:, :_LABEL]), self._shards.urls, self._options)
+        return Decoded(fetched, self._look, self._augment, self._normalised).batch(np.arange(len(rows)), draws)
 
-    def _decoded(self, row: "np.ndarray", data: bytes | BaseException) -> "Image":
+
+class _Fetched:
+    """The pictures of one batch, which were fetched together (see `pictures.Pictures`)."""
+
+    def __init__(
+        self, rows: "np.ndarray", found: Sequence[bytes | BaseException], urls: Sequence[str], options: Options
+    ) -> None:
+        import numpy as np
+
+        self.labels = np.ascontiguousarray(rows[:, _LABEL])
+        self._rows, self._found, self._urls, self._options = rows, found, urls, options
+
+    def fitted(
+        self, numbers: "Sequence[int] | np.ndarray", size: int, channels: int, center_crop: float
+    ) -> "np.ndarray":
+        import numpy as np
+
+        every = [self.decoded(number, channels) for number in numbers]
+        return np.stack([pictures.fit(one, size, pictures.center(one, center_crop)) for one in every])
+
+    def decoded(self, number: int, channels: int) -> "Image":
         import io
 
         from PIL import Image
 
+        data = self._found[number]
         if isinstance(data, BaseException):
-            self._refuse(row, "read", data)
+            self._refuse(number, "read", data)
         try:
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.mode.startswith(("I", "F")):
                     raise ValueError("it has more than 8 bits a channel")
-                return pictures.in_channels(picture, self._options.channels)
+                return pictures.in_channels(picture, channels)
         except Exception as error:  # PIL's decoders raise many kinds
-            self._refuse(row, "decoded", error)
+            self._refuse(number, "decoded", error)
 
-    def _refuse(self, row: "np.ndarray", what: str, error: BaseException) -> NoReturn:
-        url, offset = self._shards.urls[row[0]], int(row[1])
+    def _refuse(self, number: int, what: str, error: BaseException) -> NoReturn:
+        url, offset = self._urls[self._rows[number, 0]], int(self._rows[number, 1])
         raise TrainingError(
             f"data.source: the picture {_name_at(url, offset, self._options)} in the shard {url} cannot be {what}"
             f" ({error}); replace the shard, or take that sample out"
@@ -364,9 +369,22 @@ def _convert(
         rows["held_out"] = held[permute(_SPREAD, np.zeros(len(held), dtype=np.int64), np.arange(len(held)), len(held))]
     for part, found in rows.items():
         np.save(folder / f"{part}.npy", found)
-    most = np.bincount(rows["train"][:, _COLUMNS]).argmax()
-    accuracy = {"most frequent": float((rows["held_out"][:, _COLUMNS] == most).mean())}
+    most = np.bincount(rows["train"][:, _LABEL]).argmax()
+    accuracy = {"always the most frequent class": float((rows["held_out"][:, _LABEL] == most).mean())}
     return {"shards": urls, "fingerprint": fingerprint, "accuracy": accuracy}
+
+
+def _look(options: Options) -> Look:
+    return Look(
+        options.size,
+        options.channels,
+        options.center_crop,
+        "on_read",
+        options.held_out,
+        options.augment,
+        options.mean,
+        options.std,
+    )
 
 
 def _found(addresses: Addresses, options: Options) -> list[Shard]:

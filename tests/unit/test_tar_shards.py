@@ -77,7 +77,10 @@ def test_every_sample_stands_on_one_side_with_its_label(folder: Path, cache: Pat
     train, held_out = seen(source.train), seen(source.held_out)
     assert train | held_out == {n: n % 4 for n in range(120)} and not train.keys() & held_out.keys()
     assert len({n // 40 for n in held_out}) == 3  # from all over the shards
-    assert source.yardsticks()["accuracy"]["most frequent"] == sum(v == _most(train) for v in held_out.values()) / 12
+    assert (
+        source.yardsticks()["accuracy"]["always the most frequent class"]
+        == sum(v == _most(train) for v in held_out.values()) / 12
+    )
 
 
 def _most(labels: dict[int, int]) -> int:
@@ -276,6 +279,7 @@ def test_a_shard_that_shrinks_or_goes_while_training_is_named(folder: Path, cach
         ({"held_out": 0.1, "held_out_source": "x.tar"}, "exclude each other"),
         ({"classes": ["a"]}, "data.classes has 1 names, and data.num_classes is 4"),
         ({"mean": [0.5, 0.5]}, "data.mean has 2 numbers"),
+        ({"augment": {"crop_padding": 9}}, "data.augment.crop_padding 9 is more than the size of a picture, 8"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused(words: dict[str, object], match: str) -> None:
