@@ -33,11 +33,10 @@ def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize
 def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
     """Wrap each part in DDP; a single worker needs no wrapper."""
     import torch.distributed as dist
-    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
     from torch.nn.parallel import DistributedDataParallel
 
     from dtrain.strategies import Prepared
-    from dtrain.strategies.engine import OptimizerEngine, restructure, training_state
+    from dtrain.strategies.engine import OptimizerEngine, in_bf16, restructure, training_state
 
     restructure(task, plan)
     options: Options = plan.strategy  # type: ignore[assignment]
@@ -57,7 +56,7 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
         }
         if options.gradient_compression == "bf16":
             for part in wrapped.values():
-                part.register_comm_hook(None, bf16_compress_hook)
+                part.register_comm_hook(None, in_bf16)
     engines: dict[str, OptimizerEngine] = {
         phase.name: OptimizerEngine(task, phase, bare, wrapped, plan, make_optimizer) for phase in task.phases
     }

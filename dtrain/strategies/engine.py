@@ -4,7 +4,9 @@ import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -45,7 +47,9 @@ class OptimizerEngine:
 
     def begin(self, is_last: bool) -> None:
         for module in self._synchronised:
-            module.require_backward_grad_sync = is_last
+            # A static graph is learnt in the first backward pass, which must exchange gradients for it.
+            is_learning = module.static_graph and not self._is_checked
+            module.require_backward_grad_sync = is_last or is_learning
         for parameter in self._others:
             parameter.requires_grad_(False)
 
@@ -93,6 +97,11 @@ def update(
 def loss_scale(plan: Plan, device: torch.device) -> LossScale | None:
     """One for fp16; other formats need none."""
     return LossScale(device) if plan.train.precision == "fp16" else None
+
+
+def in_bf16(group: dist.ProcessGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+    """Averages a bucket of DDP's gradients in bf16. By its own name torch's hook is refused on every device but two."""
+    return bf16_compress_hook(group, bucket)
 
 
 def trained_parameters(task: Task, phase: Phase) -> Iterator[tuple[str, nn.Parameter]]:

@@ -98,8 +98,10 @@ def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accum
 
 def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: "MakeOptimizer") -> "Prepared":
     """Shard each part in place; one worker alone is a group of one."""
+    import contextlib
     import functools
 
+    import torch
     import torch.distributed as dist
 
     from dtrain.strategies import Prepared
@@ -130,7 +132,9 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
         )
         for phase in task.phases
     }
-    task.sample = sharding.with_gathered_roots(task, task.sample)  # type: ignore[method-assign,assignment]
+    low = _low(options, plan)
+    autocast = torch.autocast(device.type, low) if low is not None else contextlib.nullcontext()
+    task.sample = sharding.with_gathered_roots(task, task.sample, autocast)  # type: ignore[method-assign,assignment]
     modules = list(sharding.sharded_modules(list(task.parts.values())))
     return Prepared(
         evaluation_parts=task.parts,
@@ -169,7 +173,7 @@ def _shard(task: "Task", options: Options, plan: "Plan", mesh: "DeviceMesh") -> 
                     f"strategy fsdp cuts parameters along their first dimension, and {name}.{key} has none; give it the"
                     " shape [1], or use strategy: {name: ddp}"
                 )
-    low = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(plan.train.precision) if options.gather == "low" else None
+    low = _low(options, plan)
     words: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=reduced, cast_forward_inputs=False),
@@ -185,6 +189,14 @@ def _shard(task: "Task", options: Options, plan: "Plan", mesh: "DeviceMesh") -> 
         fully_shard(group, **words, reshard_after_forward=options.reshard_after_forward)
     for part in task.parts.values():
         fully_shard(part, **words)
+
+
+def _low(options: Options, plan: "Plan") -> "torch.dtype | None":
+    """The format that some weights are gathered in, where it is not fp32."""
+    import torch
+
+    formats = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return formats[plan.train.precision] if options.gather == "low" else None
 
 
 def _large(task: "Task", min_parameters: int) -> "list[nn.Module]":

@@ -7,6 +7,7 @@ the norm of the gradients.
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -199,10 +200,12 @@ def _held(shard: Shard, name: str, tensor: torch.Tensor) -> list[Piece]:
     return [shard.piece(name, tensor)] if tensor.numel() else []
 
 
-def with_gathered_roots(task: Task, sample: Callable[..., object]) -> Callable[..., object]:
+def with_gathered_roots(
+    task: Task, sample: Callable[..., object], autocast: AbstractContextManager[object]
+) -> Callable[..., object]:
     """`sample`, which may call any method of a part: what a part holds outside of its blocks is gathered for it.
 
-    Blocks gather themselves when they are called.
+    Blocks gather themselves when they are called; those gathered in a low format compute under `autocast`.
     """
     roots = [part for part in task.parts.values() if isinstance(part, FSDPModule)]
 
@@ -211,7 +214,8 @@ def with_gathered_roots(task: Task, sample: Callable[..., object]) -> Callable[.
         for root in roots:
             root.unshard()
         try:
-            return sample(*args, **words)
+            with autocast:
+                return sample(*args, **words)
         finally:
             reshard(list(sharded_modules(roots)))  # type: ignore[arg-type]
 

@@ -59,6 +59,8 @@ MOURNING_S = 2.0
 """How long the others get to say what they saw when one rank has failed."""
 NUM_TRAIN, NUM_HELD_OUT = 61, 11
 """Samples; neither is a multiple of a number of workers."""
+SAMPLE_LENGTH = 8
+"""Tokens that a model writes at the end; all weights are gathered for each of them."""
 TOKENS = DataShape("tokens", vocabulary_size=50, sequence_length=12)
 TRANSFORMER = {"name": "transformer", "num_layers": 2, "num_heads": 4, "width": 16, "pad_vocabulary_to": 2}
 # Adam divides by the root of the mean square gradient: where a gradient is zero but for rounding (the bias of keys
@@ -416,11 +418,13 @@ def make_training(rank: int, num_workers: int, plan: Plan, shape: DataShape, tas
 
 
 def _train(rank: int, num_workers: int, plan_json: str, shape: DataShape, task: Any) -> Any:
+    from dtrain.models import Request
     from dtrain.training import loop
 
     training = make_training(rank, num_workers, Plan.from_json(plan_json), shape, task)
     keeper = Keeper()
-    outcome = loop.train(training, 0, keeper)
+    with mock.patch("dtrain.training.sample.Request", functools.partial(Request, length=SAMPLE_LENGTH)):
+        outcome = loop.train(training, 0, keeper)
     return copies(training.prepared.state), outcome, keeper.reports, training.prepared.is_replicated
 
 
