@@ -103,8 +103,9 @@ def test_the_passes_of_several_phases_are_foreseen(loaders):
     assert len(streams) == 1  # never read in vain
 
 
-def test_a_batch_stays_as_it_is_until_the_second_after_it(loaders):
-    feed = Feed(Source(), order(), CPU, loaders())
+@pytest.mark.parametrize(("num", "prefetch"), [(1, 1), (1, 3), (3, 2)])
+def test_a_batch_stays_as_it_is_until_the_second_after_it(loaders, num, prefetch):
+    feed = Feed(Source(), order(), CPU, loaders(num, prefetch))
     before = None
     for step in range(40):
         for number in range(2):
@@ -113,7 +114,7 @@ def test_a_batch_stays_as_it_is_until_the_second_after_it(loaders):
                 time.sleep(0.001)  # time to write to what was given back
                 assert_same(*before)
             before = batch, {name: tensor.clone() for name, tensor in batch.items()}
-    assert sum(loader._num_slots for loader in feed._loaders.loaders) <= 2 * (2 + 2)
+    assert sum(loader._num_slots for loader in feed._loaders.loaders) <= num * prefetch + 2 + num
 
 
 def test_batches_are_not_copied(loaders):
