@@ -32,6 +32,7 @@ FORMAT = 1
 """Raise when the same files would be prepared differently."""
 _ROWS = "rows.arrow"
 _BLOCK = 1024
+_START_TIMEOUT_S = 120
 _WITH_PATHS = ("images", "text", "binary")
 
 
@@ -196,7 +197,9 @@ def _transform(options: Options, files: list[str], path: Path) -> None:
 def _ray(options: Options) -> Iterator[Any]:
     """The module `ray`, in a cluster: the one that this process is in, the one with the address, or one of its own."""
     try:
+        # Ray reads these once, when it is imported.
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", str(_START_TIMEOUT_S))
         import ray
         import ray.data
     except ImportError as error:

@@ -180,7 +180,19 @@ def test_equal_rows_stand_on_one_side(tmp_path: Path) -> None:
     assert not train & held
 
 
-def test_statistics_and_words_are_of_the_training_rows_alone(tmp_path: Path, houses: Path) -> None:
+def test_words_are_learnt_from_the_training_rows_alone(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_text("word,y\n" + "".join(f"w{n},{n % 2}\n" for n in range(50)))
+    source = opened(
+        tmp_path / "cache", source=str(path), target="y", num_classes=2, features=[], categories={"word": 60}
+    )
+    assert source.train.num_samples == 40
+    assert sum(not name.endswith("=?") for name in source.features) == 40
+    assert everything(source.train)["features"].sum() == 40
+    assert everything(source.held_out)["features"].sum() == 0
+
+
+def test_statistics_are_of_the_training_rows_alone(tmp_path: Path, houses: Path) -> None:
     words = {"source": str(houses), "target": "price", "features": ["area"], "categories": {"town": 3}}
     source = opened(tmp_path / "cache", **words)
     features = everything(source.train)["features"]
