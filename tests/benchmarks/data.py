@@ -23,7 +23,7 @@ WAITING_SHARE = 0.05
 
 
 def measure(*, is_quick: bool) -> list[Figure]:
-    blocks, batches, steps = (4, 8, 200) if is_quick else (20, 20, 2000)
+    blocks, batches, steps = (4, 8, 200) if is_quick else (12, 16, 2000)
     figures = []
     with tempfile.TemporaryDirectory(prefix="dtrain-bench-data-") as folder:
         names = draw_pictures(Path(folder))
