@@ -63,7 +63,7 @@ def models(tmp_path_factory):
         "gpt": saved(folder / "gpt", "GPT2LMHeadModel", **small_gpt),
         "llama": saved(
             folder / "llama", "LlamaForCausalLM", **SMALL, vocab_size=300, max_position_embeddings=32,
-            num_key_value_heads=1, tie_word_embeddings=False,
+            num_key_value_heads=1, tie_word_embeddings=False, initializer_range=0.2,
         ),
         "bert": saved(folder / "bert", "BertForMaskedLM", **bert),
         "encoder": saved(folder / "encoder", "BertModel", **bert),
@@ -436,6 +436,20 @@ def test_a_hub_name_without_a_network_says_what_to_do(models, monkeypatch, tmp_p
         built("nobody/nothing")
 
 
+def test_a_hub_name_is_had_at_its_revision(models, monkeypatch):
+    import huggingface_hub
+
+    def had(name, revision, allow_patterns):
+        assert (name, revision) == ("somebody/gpt", "v2")
+        assert allow_patterns == ["*.json", "*.safetensors"]
+        return models["gpt"]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", had)
+    network = built("somebody/gpt", revision="v2").parts["model"].state_dict()
+    expected = built(models["gpt"]).parts["model"].state_dict()
+    assert all(torch.equal(network[name], tensor) for name, tensor in expected.items())
+
+
 def test_lora_and_freeze_exclude_each_other():
     with pytest.raises(ValueError, match="leave freeze out"):
         Options(source="x", lora=Lora(), freeze="backbone")
@@ -575,3 +589,27 @@ def test_it_writes_text_by_calls_through_the_module(models, corpus, tokenizer_fi
         expected.append(int(plain(input_ids=torch.tensor([expected])).logits[0, -1].argmax()))
     assert greedy == expected[2:]
     assert built(models["bert"], MASKED).sample(source, request) is None
+
+
+def test_the_shipped_job_trains_another_model_of_its_kind(models, corpus, tokenizer_file, tmp_path):
+    """All of `jobs/finetune_lora.yaml` but its sizes: planned, tokenized, trained by the loop, measured; it writes."""
+    from alone import train
+
+    sizes = ["sequence_length=16", "tokenizer.vocab_size=300", f"tokenizer.path={tokenizer_file}", f"source={corpus}"]
+    training, keeper, measured = train(
+        "finetune_lora",
+        tmp_path,
+        f"model.source={models['llama']}",
+        *(f"data.{size}" for size in sizes),
+        "batch={global: 8, micro: 4}",
+        "optimizer.lr=0.02",
+        "train={steps: 40, precision: fp32, log_every_steps: 1}",
+        "schedule.warmup_steps=2",
+        "evaluate.samples=8",
+    )
+    losses = [report["loss"] for report in keeper.reports if "loss" in report]
+    assert sum(losses[-5:]) / 5 < losses[0] - 0.3
+    assert measured.keys() == {"loss", "perplexity", "bits_per_byte"}
+    trainable = sum(p.numel() for p in training.task.parts["model"].parameters() if p.requires_grad)
+    assert training.plan.arithmetic.num_parameters == trainable
+    assert training.task.sample(training.source, Request(prompt="the", length=5)).text.startswith("the")
