@@ -26,8 +26,8 @@ class LossScale:
         return loss * self._memory[SCALE]
 
     def lower(self, gradients: list[torch.Tensor]) -> None:
-        """Take the factor out of gradients, in place."""
-        torch._foreach_mul_(gradients, 1.0 / self._memory[SCALE])
+        """Take the factor out of gradients, in place; they may be in the host's memory."""
+        torch._foreach_mul_(gradients, (1.0 / self._memory[SCALE]).to(gradients[0].device))
 
     def accepts(self, norm: torch.Tensor) -> bool:
         """Whether a step with gradients of this norm may be taken; the factor is then fit for the next one.

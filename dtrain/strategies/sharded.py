@@ -95,9 +95,8 @@ class ShardedEngine:
         self._idle = [p for part in others for p in part.parameters() if p.requires_grad]
         self._idle_modules = list(sharded_modules(others))
         self._roots = [part for name, part in task.parts.items() if name in phase.parts]
-        self._modules = list(sharded_modules(self._roots))
         self._is_reduced_last, self._is_synchronised = is_reduced_last, True
-        self._norm_of = functools.partial(_norm, [s.is_primary for s in self._shards], device)
+        self._norm_of = functools.partial(_norm, [s.local for s in self._shards if s.is_primary], device)
         self._shared = [shard for shard in self._shards if shard.name in set(shared)]
         self._tensor_group = tensor_group
 
@@ -135,13 +134,13 @@ class ShardedEngine:
         for shard in self._shared:
             dist.all_reduce(shard.local.grad, group=self._tensor_group)
         norm = update(self.optimizer, self._locals, learning_rate, self._max_norm, self._norm_of, self.scale)
-        reshard(self._modules)
         return norm.to(self._device)
 
 
-def _norm(is_primary: Sequence[bool], device: torch.device, gradients: list[torch.Tensor]) -> torch.Tensor:
-    """Of the gradients on all workers: each number is counted by the one that writes it."""
-    counted = [gradient for gradient, counts in zip(gradients, is_primary, strict=True) if counts and gradient.numel()]
+def _norm(counting: Sequence[nn.Parameter], device: torch.device, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Of the gradients on all workers: each number is counted by the one that writes it, who has it in `counting`."""
+    del gradients
+    counted = [p.grad for p in counting if p.grad is not None and p.grad.numel()]
     square = torch.zeros((), device=device)
     if counted:
         square = torch.stack(torch._foreach_norm(counted)).square().sum().to(device)
