@@ -158,8 +158,7 @@ def divide(
 
     if exact:
         for runs in held.values():
-            zero_state.fill(runs, exact)
-        refresh()
+            zero_state.fill(runs, exact)  # networks compute with the rounded ones already
     return Prepared(
         evaluation_parts=parts,
         engines=engines,

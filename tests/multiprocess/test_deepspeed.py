@@ -20,6 +20,7 @@ from world import (
 )
 
 from dtrain.checkpoint import store
+from dtrain.checkpoint.snapshot import Snapshot, path_of
 from dtrain.models import Phase, Request, Task, transformer
 from dtrain.models.networks import noise
 from dtrain.plan import Plan
@@ -296,3 +297,32 @@ def test_what_only_ranks_can_refuse(ranks):
         ranks.train(cell_of("Twice", stage=1, num_workers=1))
     cell = cell_of("Scaled", stage=2)
     assert_same(ranks.train(cell), ranks.alone(cell), SUMS)
+
+
+def taken_up_again(rank, num_workers, plan_json, shape, task, folder):
+    """The pieces after all steps, and again after going back to the snapshot of the second."""
+    training = make_training(rank, num_workers, Plan.from_json(plan_json), shape, task)
+    state = training.prepared.state
+    snapshot = Snapshot.create(path_of(folder / "snapshot", rank, is_replicated=False), state, 1)
+
+    class Copier(Keeper):
+        def end_step(self, step):
+            if step == 2:
+                snapshot.write_share(0, step, snapshot.share(0, state))
+            return False
+
+    loop.train(training, 0, Copier())
+    first = copies(state)
+    assert snapshot.read_into(state) == 2
+    training.prepared.refresh()
+    loop.train(training, 2, Keeper())
+    return first, copies(state)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_worker_goes_on_from_its_snapshot_bit_for_bit(stage, ranks, tmp_path):
+    cell = cell_of("Rivals", stage=stage, keep_below=0, train={"precision": "bf16"}, steps=4)
+    for first, again in ranks.run(taken_up_again, 2, cell.plan().to_json(), cell.shape, cell.task, tmp_path):
+        assert [piece.name for piece in first] == [piece.name for piece in again]
+        for one, other in zip(first, again, strict=True):
+            assert torch.equal(one.tensor, other.tensor), one.name
