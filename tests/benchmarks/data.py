@@ -20,6 +20,7 @@ NUM_PICTURES = 256
 FAR = 100_000_000
 SEEK_MS = 50.0
 WAITING_SHARE = 0.05
+WARM_UP = 20
 
 
 def measure(*, is_quick: bool) -> list[Figure]:
@@ -251,15 +252,16 @@ def waiting(num_steps: int) -> Figure:
     feed = Feed(source, order, torch.device("cpu"))
     torch.set_num_threads(1)
     waited, whole = [], []
-    for step in range(num_steps):
+    for step in range(-WARM_UP, num_steps):
         started = time.perf_counter()
-        batch = feed.micro_batch(step, 0)
+        batch = feed.micro_batch(step + WARM_UP, 0)
         read = time.perf_counter()
         task.loss("train", task.parts, batch).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         waited.append(read - started)
         whole.append(time.perf_counter() - started)
+    waited, whole = waited[WARM_UP:], whole[WARM_UP:]
     note = f"{1e6 * statistics.median(waited):.0f} us of {1e3 * statistics.median(whole):.2f} ms"
     share = sum(waited) / sum(whole)
     return Figure("share of a small step spent waiting for text", share, WAITING_SHARE, num=num_steps, note=note)
