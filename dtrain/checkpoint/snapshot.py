@@ -242,7 +242,7 @@ def _copy(pairs: "list[tuple[torch.Tensor, torch.Tensor]]") -> None:
     with torch.no_grad():
         for destination, source in pairs:
             destination.copy_(source, non_blocking=source.is_cuda)
-        if any(source.is_cuda for _, source in pairs[:1]):
+        if any(source.is_cuda for _, source in pairs):
             torch.cuda.current_stream().synchronize()
 
 

@@ -233,9 +233,8 @@ def _build(plan: Plan, place: loop.Place, loaders: Loaders | None = None) -> tup
     task = model.build(plan.model, data.describe(plan.data), plan.train)
     prepared = strategy.prepare(task, plan, place.device, functools.partial(build_optimizer, plan.optimizer))
     prepared = prepared.keeping(task.is_kept)
-    prepared = prepared.keeping(task.is_kept)
     average = Average(prepared, plan.train.ema) if plan.train.ema else None
-    patience = Patience(plan.train.stop_early) if plan.train.stop_early else None
+    patience = Patience(plan.train.stop_early, place.device) if plan.train.stop_early else None
     state = [*prepared.state, *(average.state if average else ())]
     if patience is not None:
         is_primary = prepared.is_replicated or place.worker == 0

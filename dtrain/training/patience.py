@@ -9,11 +9,14 @@ BEST, WORSE, SEEN = range(3)
 
 
 class Patience:
-    """Counts evaluations that brought no better held-out loss."""
+    """Counts evaluations that brought no better held-out loss.
 
-    def __init__(self, settings: StopEarly) -> None:
+    What it remembers lies on `device` as all training state does: a worker that is replaced gets it from the others.
+    """
+
+    def __init__(self, settings: StopEarly, device: torch.device | None = None) -> None:
         self._settings = settings
-        self._memory = torch.tensor([float("inf"), 0.0, -1.0], dtype=torch.float64)
+        self._memory = torch.tensor([float("inf"), 0.0, -1.0], dtype=torch.float64, device=device)
         self.state: list[Piece] = [whole("loop.patience", self._memory)]
 
     def consider(self, step: int, loss: float) -> None:

@@ -54,7 +54,6 @@ def generate(run: "Run", request: Request) -> Sample:
         for part, module in task.parts.items()
         for key, tensor in _once(module.state_dict(keep_vars=True)).items()
         if task.is_kept(f"{part}.{key}")
-        if task.is_kept(f"{part}.{key}")
     }
     store.read_into(found[0], state)
     sample = made(task, source, request)
