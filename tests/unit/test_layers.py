@@ -15,7 +15,7 @@ from pathlib import Path
 from dtrain.plan import make_plan
 from dtrain.spec.load import load_cluster, load_job
 for path in Path("jobs").glob("*.yaml"):
-    make_plan(load_job(path), load_cluster("clusters/local.yaml"))
+    make_plan(load_job(path), load_cluster("clusters/eight_gpus.yaml"))
 """
 
 
