@@ -242,7 +242,7 @@ class _Fetched:
     def decoded(self, number: int, channels: int) -> "Image":
         import io
 
-        from PIL import Image
+        from PIL import Image, UnidentifiedImageError
 
         data = self._found[number]
         if isinstance(data, BaseException):
@@ -252,6 +252,8 @@ class _Fetched:
                 if picture.mode.startswith(("I", "F")):
                     raise ValueError("it has more than 8 bits a channel")
                 return pictures.in_channels(picture, channels)
+        except UnidentifiedImageError:  # which names the object in memory, not the member
+            self._refuse(number, "decoded", ValueError("it is of no kind that Pillow knows"))
         except Exception as error:  # PIL's decoders raise many kinds
             self._refuse(number, "decoded", error)
 

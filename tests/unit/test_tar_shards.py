@@ -257,9 +257,18 @@ def test_a_picture_that_is_broken_is_named_while_training(folder: Path, cache: P
     place = whole.index(picture(44))
     path.write_bytes(whole[: place + 20] + b"\0" * 30 + whole[place + 50 :])
     source = webdataset.open(options(str(folder / "*.tar")), cache)
-    with pytest.raises(TrainingError, match=r"the picture dir/0044.png in the shard .*train-001.tar cannot be decoded"):
+    with pytest.raises(
+        TrainingError, match=r"the picture dir/0044.png in the shard .*train-001.tar cannot be decoded \(.*"
+    ):
         for part in (source.train, source.held_out):
             seen(part)
+
+
+def test_a_member_that_is_no_picture_is_named_while_training(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(shard({f"{n}": {"png": b"words", "cls": b"1"} for n in range(4)}))
+    source = webdataset.open(options(str(tmp_path / "a.tar"), held_out=0.25), cache)
+    with pytest.raises(TrainingError, match=r"the picture \d.png in .*a.tar cannot be decoded \(it is of no kind"):
+        source.train.batch(np.arange(1), np.zeros(1, dtype=np.uint64))
 
 
 def test_a_shard_that_shrinks_or_goes_while_training_is_named(folder: Path, cache: Path) -> None:
