@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from dtrain.models.networks.pictures import Decoder
     from dtrain.spec.job import Train
 
-NUM_MADE = 4
+NUM_MADE = 8
 """Pictures made for each held-out one, to measure how they are distributed."""
 _DISCRIMINATOR, _GENERATOR, _HELD_OUT = 1, 2, 3
 

@@ -27,6 +27,7 @@ class Keeper:
     def __init__(self) -> None:
         self.reports: list[dict[str, Any]] = []
         self.pictures: np.ndarray | None = None
+        self.averaged: Any = None
 
     def beat(self, step: int, micro: int, place: int) -> None: ...
 
@@ -69,7 +70,8 @@ def train(job: str, cache: Path, *overrides: str) -> tuple[loop.Training, Keeper
     keeper = Keeper()
     outcome = loop.train(training, 0, keeper)
     if average is not None:
-        average.in_place().__enter__()  # for good
+        keeper.averaged = average.in_place()  # for good: the weights go back when nobody holds this any more
+        keeper.averaged.__enter__()
     for part in task.parts.values():
         part.eval()
     return training, keeper, outcome["metrics"]

@@ -237,7 +237,7 @@ def test_evaluation_gives_sums_and_then_metrics() -> None:
         parts = [
             made.evaluate(made.parts, {k: v[part] for k, v in batch.items()}) for part in (slice(0, 1), slice(1, 9))
         ]
-        pictures = made.parts["generator"](normal(batch["draws"], 4, 6, stream=3).flatten(0, 1)).unflatten(0, (9, 4))
+        pictures = made.parts["generator"](normal(batch["draws"], 8, 6, stream=3).flatten(0, 1)).unflatten(0, (9, 8))
         scores = [made.parts["discriminator"](x)[0] for x in (batch["images"], pictures[:, 0])]
     assert whole == pytest.approx({key: sum(p[key].item() for p in parts) for key in whole}, rel=1e-5)
     metrics = made.finish_evaluation(whole)

@@ -57,9 +57,11 @@ def test_digits_that_are_made_are_taken_for_digits(tmp_path, capsys) -> None:
     noise = np.random.default_rng(0).choice(real.flatten(), (NUM_MADE, 8, 8, 1))
     rates = {"real": accepted(classifier, real), "noise": accepted(classifier, noise)}
     for job in ("dcgan_digits", "vae_digits"):
-        made, _, _ = train(job, tmp_path)
+        made, keeper, _ = train(job, tmp_path)
         sample = made.task.sample(made.source, Request(count=NUM_MADE, seed=1))
         rates[job] = accepted(classifier, sample.pictures)
+        # The weights are those that the run itself showed pictures with.
+        assert np.array_equal(keeper.pictures, made.task.sample(made.source, Request(seed=0)).pictures)
     with capsys.disabled():
         print(f"\naccuracy of the classifier on held-out digits: {metrics['accuracy']:.3f}")
         for name, (rate, shares) in rates.items():
