@@ -38,16 +38,13 @@ class Options(component.Options):
 
 def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize") -> None:
     """Raises `InputError` for what Accelerate cannot do inside of dtrain."""
+    del workers
     if job.train.precision not in ("auto", "fp32", "bf16"):
         raise InputError(
             f"train.precision {job.train.precision}: strategy accelerate keeps the scale of its losses to itself, and a"
             " run that is resumed would lose it; use bf16, or strategy: {name: ddp}"
         )
     _check_parts(options, size.parts)
-    if options.engine == "deepspeed":
-        from dtrain.strategies import deepspeed
-
-        deepspeed.check(_deepspeed_options(options), job, workers, size)
 
 
 def _check_parts(options: Options, parts: Sequence[str]) -> None:

@@ -62,11 +62,6 @@ def check(options: Options, job: "JobSpec", workers: "Workers", size: "ModelSize
             f"strategy.offload_parameters: only stage 3 divides weights, and this is stage {options.stage};"
             " use stage: 3"
         )
-    if job.train.compile and options.stage == 3:
-        raise InputError(
-            "train.compile: stage 3 exchanges the weights inside of what would be compiled; use strategy: {name:"
-            " deepspeed, stage: 2} or strategy: {name: fsdp}, or leave compile off"
-        )
 
 
 def bytes_per_number(options: Options, job: "JobSpec", workers: "Workers", accumulation: int) -> "footprint.Bytes":
