@@ -51,7 +51,7 @@ def loss(made: Task, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     width=st.integers(1, 20),
     flag=st.booleans(),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_parameter_count_is_true(kind: DataShape, flag: bool, **words: object) -> None:
     options = Options(**words, **({"bidirectional": flag} if kind is SERIES else {"tie_weights": flag}))
     network = build(options, kind, Train(steps=1)).parts["model"]

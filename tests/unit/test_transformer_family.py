@@ -79,7 +79,7 @@ def loss(made: Task, samples: dict[str, torch.Tensor]) -> torch.Tensor:
     patch_size=st.sampled_from([1, 2, 4]),
     pooling=st.sampled_from(["class_token", "mean"]),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_parameter_count_is_true(kind: str, patch_size: int, pooling: str, **words: object) -> None:
     if kind == "images":
         words = {**words, "patch_size": patch_size, "pooling": pooling, "positions": "learned", "tie_weights": True}
