@@ -70,8 +70,9 @@ def test_digits_that_are_made_are_taken_for_digits(tmp_path, capsys) -> None:
     for job, floor in FLOORS.items():
         rate, shares = rates[job]
         assert rate > floor, job
+        assert rate > rates["noise"][0] + 0.15, job
         assert min(shares) > 0.01, job  # no digit is missing
 
 
-FLOORS = {"dcgan_digits": 0.7, "vae_digits": 0.7}
-"""A little below what was measured."""
+FLOORS = {"dcgan_digits": 0.75, "vae_digits": 0.75}
+"""Measured: 0.82 and 0.83, where real digits reach 0.99 and pixels at random 0.53."""
