@@ -7,6 +7,8 @@
   called once a node before its workers start, safe to call at the same time from several processes;
 - `open(options, cache) -> Source`: what a worker reads from.
 
+Where options name the user's own code, `own_code(options) -> list[Path]` names its files: a plan holds their hashes.
+
 The order of samples is not a source's business: `dtrain/data/order.py` decides it for all.
 """
 

@@ -5,6 +5,9 @@
 - `build(options, data, train) -> Task`: the networks and how they learn, with weights that are a function of
   `train.seed` alone.
 
+Where options name files, `resolve(options, folder) -> Options` takes relative paths from `folder`; where one of them
+is the user's own code, `own_code(options) -> list[Path]` names it: a plan holds its hash.
+
 The networks themselves, which need torch to be defined, live in `dtrain/models/networks/`.
 """
 

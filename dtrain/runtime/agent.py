@@ -125,12 +125,16 @@ class Agent:
         self._writer = CheckpointWriter(
             self.run_folder, self._plan, self._number, self._node.snapshot_path, self._selector, self._free_snapshot
         )
+        self._began = 0.0
+        """When the attempt began, seconds since 1970."""
         self._script_store: Any = None
         """What a script's ranks meet in: a new one for every attempt, as their launch contract has it."""
         self._attempt: Attempt | None = None
         self._peer_steps: set[int | None] = {None}
         """What the other nodes' snapshots held when the last attempt failed."""
         self._attempt_number = 0
+        self._num_parameters = 0
+        """Of a model whose parameters only its workers could count; 0 before they have, and for all others."""
         self._data = ""
         """Fingerprint of what the ranks train on."""
 
@@ -293,7 +297,8 @@ class Agent:
                 failures += [Failure(**f) for f in node_report["failures"]]
         order = {"error": 0, "diverged": 0, "memory": 0, "hung": 1, "killed": 2, "exited": 3, "agent": 4}
         root = min(failures, key=lambda f: order[f.kind], default=Failure("exited", "all ranks left", report.step))
-        return Failure(**{**asdict(root), "step": max(report.step, root.step)})
+        has_saved = isinstance(self._plan, ScriptPlan) and _newest(self.run_folder.checkpoints) > self._began
+        return Failure(**{**asdict(root), "step": max(report.step, root.step), "has_saved": has_saved})
 
     def _finish(self, outcome: dict[str, Any]) -> None:
         self._await_writer()
@@ -381,6 +386,7 @@ class Agent:
         self._attempts.append(
             AttemptRecord(number=number, started_at=time.time(), from_step=restore["step"], source=source)
         )
+        self._began = time.time()
         self._look_at_code()
         if source == "script" and number > 1:
             self._event("attempt", f"attempt {number}: the script is started again", attempt=number)
@@ -412,6 +418,9 @@ class Agent:
     def _on_rank(self, message: dict[str, Any]) -> None:
         if "ready" in message:
             attempt = self._attempt
+            if message.get("num_parameters") and not self._num_parameters:
+                self._num_parameters = message["num_parameters"]
+                self._event("model", f"the model has {self._num_parameters:,} parameters")
             self._data = message.get("data", "")
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
                 latest = self._attempts[-1]
@@ -478,6 +487,16 @@ class Agent:
             self.is_orphaned = True
             self._stop = self._stop or ORPHANED
             self._event("driver-lost", "the driver is gone: writing a last checkpoint")
+
+
+def _newest(folder: Path) -> float:
+    """Time of the newest file in a folder, seconds since 1970; 0 for none."""
+    times = [0.0]
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                times.append(os.stat(os.path.join(parent, name)).st_mtime)
+    return max(times)
 
 
 def _failure_of(attempt: AttemptRecord) -> Failure:

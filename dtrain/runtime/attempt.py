@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import select
 import selectors
 import signal
@@ -227,7 +228,7 @@ class Attempt:
             # What its peers say of a lost rank may be anything, in a script: what came first was the cause.
             failed = [rank for rank in self.ranks if rank.settled_at and rank.done is None and rank not in hung]
             first = min(failed, key=lambda rank: rank.settled_at).number
-            causes = [failure for failure in causes if failure.cause.startswith(f"rank {first}")][:1] or causes
+            causes = [failure for failure in causes if re.match(rf"rank {first}\b", failure.cause)][:1] or causes
         return causes + ([] if hung else consequences)
 
     def _from_exit(self, rank: Rank) -> Failure:

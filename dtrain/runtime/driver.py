@@ -27,7 +27,7 @@ from typing import Any
 
 from dtrain import fingerprint
 from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
-from dtrain.plan import AnyPlan
+from dtrain.plan import AnyPlan, ScriptPlan
 from dtrain.runs import ENDED, Record, Run
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runtime import retry
@@ -325,7 +325,8 @@ class Driver:
 
     def _lose_cluster(self, why: str) -> None:
         self._cluster_lost = why
-        self._run.event("cluster-lost", message=f"{why}: writing a last checkpoint")
+        what = "ending the script" if isinstance(self._plan, ScriptPlan) else "writing a last checkpoint"
+        self._run.event("cluster-lost", message=f"{why}: {what}")
         self._stop = self._stop or why
 
     def _head_is_there(self) -> bool:
@@ -359,7 +360,7 @@ class Driver:
     def _finish(self) -> None:
         end = self._end or {"state": "failed", "error_kind": "internal", "cause": "the driver ended without a result"}
         if self._cluster_lost and end["state"] == "stopped":
-            cause = f"{self._cluster_lost}; `dtrain resume {self._run.id}` goes on from the last checkpoint"
+            cause = f"{self._cluster_lost}; `dtrain resume {self._run.id}` goes on"
             end = {**end, "state": "failed", "error_kind": "cluster", "error": cause, "cause": cause}
         kind = end.get("error_kind")
         changes: dict[str, Any] = {

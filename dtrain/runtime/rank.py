@@ -154,7 +154,9 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
         if is_replicated and place.device.type == "cpu":
             rescue = snapshot, state
         keeper.beat(start, 0, loop.STARTING)
-        send(channel, {"ready": start, "is_replicated": is_replicated, "data": training.source.fingerprint})
+        counted = 0 if plan.arithmetic.num_parameters else _num_parameters(training)
+        said = {"is_replicated": is_replicated, "data": training.source.fingerprint, "num_parameters": counted}
+        send(channel, {"ready": start, **said})
         outcome = loop.train(training, start, keeper)
     except BaseException as error:
         traceback.print_exc()
@@ -240,6 +242,12 @@ def _build(plan: Plan, place: loop.Place, loaders: Loaders | None = None) -> tup
         is_primary = prepared.is_replicated or place.worker == 0
         state += [dataclasses.replace(piece, is_primary=is_primary) for piece in patience.state]
     return loop.Training(plan, task, prepared, source, place, average, patience, loaders), state
+
+
+def _num_parameters(training: loop.Training) -> int:
+    """Trainable numbers, tied weights counted once; ZeRO-3 leaves a worker only a share of each, and its whole size."""
+    found = {id(p): p for part in training.task.parts.values() for p in part.parameters() if p.requires_grad}
+    return sum(int(getattr(p, "ds_numel", p.numel())) for p in found.values())
 
 
 def _restore(

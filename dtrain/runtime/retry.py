@@ -26,6 +26,8 @@ class Failure:
     """The user's own traceback, where there is one."""
     error_kind: str = ""
     """`kind` of the `dtrain.errors` class the run ends with if it is not tried again."""
+    has_saved: bool = False
+    """Whether work was put on storage since the failure before, by a script that may report no steps."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,11 @@ def decide(failure: Failure, earlier: Sequence[Failure], budget: Retry) -> Decis
     used = Counter(f.kind for f in earlier)[failure.kind]
     if used >= allowed:
         return Decision(False, 0.0, f"retry.{failure.kind} allows {allowed}, all used; last: {failure.cause}")
-    stuck = 1
+    stuck, later = 1, failure
     for before in reversed(earlier):
-        if before.step < failure.step:
+        if before.step < failure.step or later.has_saved:
             break
-        stuck += 1
+        stuck, later = stuck + 1, before
     if stuck >= budget.without_progress:
         reason = f"{stuck} failures without a new step (retry.without_progress {budget.without_progress})"
         return Decision(False, 0.0, f"{reason}; last: {failure.cause}")

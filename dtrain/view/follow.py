@@ -324,7 +324,12 @@ def training_figures(line: dict[str, Any]) -> list[tuple[str, str]]:
         value = line.get(key)
         if isinstance(value, int | float):
             found.append((label, format_value(value)))
-    return found
+    return found + [(_label(key), words.measure(line[key])) for key in others(line)]
+
+
+def others(line: dict[str, Any]) -> list[str]:
+    """Names of the figures in a line that every kind of run has its own of: losses of phases, what a script reports."""
+    return [key for key, value in line.items() if key not in _COMMON and isinstance(value, int | float)]
 
 
 _FIGURES: list[tuple[str, str, Callable[[float], str]]] = [
@@ -334,6 +339,7 @@ _FIGURES: list[tuple[str, str, Callable[[float], str]]] = [
     ("steps_per_s", "steps/s", lambda v: f"{v:.3g}"),
     ("tokens_per_s", "tokens/s", words.count),
 ]
+_COMMON = {"time", "attempt", "step", "samples_per_s", *(key for key, _, _ in _FIGURES)}
 
 
 def _label(key: str) -> str:

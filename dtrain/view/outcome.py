@@ -129,7 +129,8 @@ def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     if record.state == "succeeded":
         if not is_script:
             commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
-        commands += [(f"tensorboard --logdir {words.shortest(run.path)}/tensorboard", "its curves")]
+        if not is_script or record.outcome.get("steps"):
+            commands += [(f"tensorboard --logdir {words.shortest(run.path)}/tensorboard", "its curves")]
     else:
         commands += [(f"dtrain logs {name}", "what its workers said")]
         if record.error_kind == "cluster":

@@ -13,7 +13,7 @@ from rich.text import Text
 from dtrain import runs
 from dtrain.errors import StorageError
 from dtrain.view import outcome, words
-from dtrain.view.follow import STYLES
+from dtrain.view.follow import STYLES, others
 
 COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
@@ -220,7 +220,8 @@ def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> Text:
         row.update({"held_out": held_out} if isinstance(held_out, dict) else line)
     # The held-out figures worth a column of their own, in the order they were first measured.
     measured = list(dict.fromkeys(k for s in sorted(rows) for k in rows[s].get("held_out", {})))
-    names = ["step", "loss", "lr", "gradient", "steps/s"]
+    own = list(dict.fromkeys(key for s in sorted(rows) for key in others(rows[s])))
+    names = ["step", "loss", "lr", "gradient", "steps/s", *(key.replace("_", " ") for key in own)]
     names += [f"held-out {m.replace('_per_', '/').replace('_', ' ')}" for m in measured]
     cells = []
     for step in sorted(rows) if everything else _thinned(rows):
@@ -231,6 +232,7 @@ def metrics(lines: Sequence[dict[str, Any]], everything: bool) -> Text:
             _cell(row.get("learning_rate"), words.rate),
             _cell(row.get("grad_norm"), words.measure),
             _cell(row.get("steps_per_s"), lambda v: f"{v:.3g}"),
+            *(_cell(row.get(key), words.measure) for key in own),
         ]
         cells.append([f"{step:,}", *figures, *(_cell(held_out.get(m), words.measure) for m in measured)])
     # By hand: a long run has more lines than rich lays out in reasonable time.

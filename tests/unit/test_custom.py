@@ -1,5 +1,6 @@
 """A user's own code: read while planning, run on workers, wrong in ways that are said clearly."""
 
+import json
 import subprocess
 import sys
 from dataclasses import fields
@@ -407,3 +408,76 @@ def test_a_mistake_in_a_script_job(folder: Path, text: str, message: str) -> Non
         make_plan(load_job(path), a_cluster(), TWO_CORES, folder)
     assert message.format(folder=folder, path=path) in str(error.value)
     assert "is not a key" not in str(error.value) or "scrpt" in text
+
+
+def a_script_plan(folder: Path, **entrypoint) -> ScriptPlan:
+    path = script_job(folder, f"name: s\nentrypoint: {json.dumps({'script': 'task.py', **entrypoint})}\n")
+    return make_plan(load_job(path), a_cluster(storage=str(folder / "runs")), TWO_CORES, folder)
+
+
+def test_a_script_finds_the_launch_that_torchrun_gives(folder: Path) -> None:
+    from dtrain.runtime.script import environment
+
+    made = a_script_plan(folder, environment={"OMP_NUM_THREADS": "7", "MY": "own"})
+    args = {"rank": 1, "world": 2, "local_rank": 1, "local_world": 2, "node": 0, "generation": 3, "run": "/runs/s-k3f9"}
+    found = environment(made, {**args, "restore": {"host": "127.0.0.1", "port": 4321}})
+    expected = {
+        "RANK": "1",
+        "WORLD_SIZE": "2",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "NODE_RANK": "0",
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "4321",
+        "TORCHELASTIC_RUN_ID": "s-k3f9",
+        "TORCHELASTIC_RESTART_COUNT": "2",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "ACCELERATE_USE_CPU": "true",
+        "DTRAIN_CHECKPOINT_DIR": "/runs/s-k3f9/checkpoints",
+        "OMP_NUM_THREADS": "7",
+        "MY": "own",
+    }
+    assert {key: found.get(key) for key in expected} == expected
+
+
+def test_a_script_run_is_shown_without_an_end_to_its_steps(folder: Path) -> None:
+    from rich.console import Console
+
+    from dtrain import runs
+    from dtrain.view import follow, outcome, plan, tables
+
+    made = a_script_plan(folder, args=["--lr", "1e-3"])
+    run = runs.create(made, "")
+
+    def said(what) -> str:
+        out = Console(width=160)
+        with out.capture() as caught:
+            out.print(what)
+        return caught.get()
+
+    assert "task.py --lr 1e-3" in said(plan.show(made))
+    assert "known to the script alone" in said(plan.show(made))
+    assert "task.py --lr 1e-3, 2 CPU workers" in said(plan.start(run.id, made))
+    attempt = runs.Attempt(number=1, started_at=1.0, from_step=0, source="script")
+    run.update(state="running", attempts=(attempt,))
+    assert "nothing reported yet" in said(tables.status(run))
+    progress = follow.Progress()
+    assert "nothing reported yet" in said(follow.panel(progress, run.record, 2.0, 120))
+    for step in (10, 20):
+        line = {"step": step, "attempt": 1, "loss": 0.5, "steps_per_s": 2.0, "time": 2.0, "my_figure": 0.125}
+        run.metric(**line)
+        progress.take(line)
+    shown = said(follow.panel(progress, run.record, 2.0, 120))
+    assert "step 20" in shown
+    assert "left" not in shown
+    assert "my figure 0.1250" in said(follow.Text("  ".join(map(" ".join, follow.training_figures(line)))))
+    assert "my figure" in said(tables.metrics(run.metrics(), True)).splitlines()[0]
+    assert "/" not in said(tables.ps([run], 120)).replace("steps/s", "")
+    ended = attempt.model_copy(update={"ended_at": 3.0, "last_step": 20})
+    record = run.update(state="succeeded", attempts=(ended,), outcome={"steps": 20, "metrics": {}}, ended_at=3.0)
+    assert "to 20" in said(tables.status(run))
+    assert "20 steps reported" in said(outcome.show(run, record))
+    assert "dtrain sample" not in said(outcome.show(run, record))
+    with pytest.raises(InputError, match=r"runs .*task\.py, and only that script knows its model"):
+        run.task_plan  # noqa: B018

@@ -34,6 +34,15 @@ def test_each_class_has_its_own_budget(kind):
     assert "lost at 40" in found.reason
 
 
+def test_what_a_script_has_saved_is_progress_without_a_step():
+    stuck = failures(0, 0, 0, 0)
+    assert not decide(stuck[-1], stuck[:-1], Retry()).again
+    saved = Failure("killed", "lost", 0, has_saved=True)
+    assert decide(saved, stuck, Retry()).delay_s == 0.0
+    assert decide(stuck[0], [*stuck, saved], Retry()).delay_s == FIRST_DELAY_S, "a second failure since then"
+    assert not decide(stuck[0], [saved, *stuck], Retry()).again, "since when three more have failed"
+
+
 def test_a_budget_of_none():
     assert not decide(failures(5)[0], [], Retry(killed=0)).again
 

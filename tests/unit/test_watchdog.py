@@ -3,7 +3,17 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dtrain.runtime.watchdog import PHASES, SHORTEST_TIMEOUT_S, SLOWEST_OF_USUAL, Beat, culprits, is_hung, timeout
+from dtrain.runtime.watchdog import (
+    PHASES,
+    SHORTEST_TIMEOUT_S,
+    SLOWEST_OF_USUAL,
+    Beat,
+    Silence,
+    culprits,
+    is_hung,
+    script_timeout,
+    timeout,
+)
 from dtrain.training import loop
 
 BEATS = st.builds(Beat, st.floats(0, 1e6), st.integers(0, 100), st.integers(0, 8), st.integers(0, len(PHASES) - 1))
@@ -69,3 +79,22 @@ def test_somebody_is_always_to_blame_and_is_known(beats, now, timeout_s):
     assert set(blamed) <= set(beats)
     if is_hung(list(beats.values()), now, timeout_s):
         assert all(now - beat.time > timeout_s for beat in beats.values())
+
+
+def test_a_script_may_be_silent_for_as_long_as_it_ever_was_and_longer():
+    assert script_timeout(None, 120.0, 900.0) == 900.0
+    assert script_timeout(1.0, 120.0, 900.0) == 120.0
+    assert script_timeout(300.0, 120.0, 900.0) == 1500.0, "an evaluation between two reports is not a hang"
+
+
+def test_the_longest_silence_is_between_two_reports():
+    silence = Silence()
+    for latest in (None, 10.0, 10.0, 12.0, 40.0, 41.0):
+        silence.hear(latest)
+    assert (silence.heard, silence.longest_s) == (41.0, 28.0)
+
+
+def test_a_rank_is_stopped_for_as_long_as_every_look_finds_it_so():
+    silence = Silence()
+    looks = [(True, 1.0), (True, 4.0), (False, 5.0), (True, 6.0), (True, 8.0)]
+    assert [silence.stopped_for(*look) for look in looks] == [0.0, 3.0, 0.0, 0.0, 2.0]
