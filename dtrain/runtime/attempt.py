@@ -153,7 +153,8 @@ class Attempt:
         retry = self._node.plan.retry
         stopped = [rank for rank in self.ranks if _is_stopped(rank.child.pid)]
         beats = [beat for rank in self.ranks if (beat := self.control.last_beat(rank.local)) is not None]
-        self._silence.hear(max((beat.time for beat in beats), default=None))
+        num_reports = max((beat.micro for beat in beats), default=0)
+        self._silence.hear(max((beat.time for beat in beats), default=None), num_reports)
         limit = watchdog.script_timeout(self._silence.longest_s, retry.hang_timeout_s, retry.start_timeout_s)
         if watchdog.is_hung(beats, now, limit):
             return stopped or [rank for rank in self.ranks if not rank.is_settled]

@@ -49,11 +49,12 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     run = Run(Path(args["run"]))
     plan = run.plan
     assert isinstance(plan, ScriptPlan)
-    told: dict[str, Any] = {"steps": 0, "metrics": {}}
+    told: dict[str, Any] = {"steps": 0, "metrics": {}, "reports": 0}
     control = Control.open(Path(args["control"]))
 
     def tell(step: int, figures: dict[str, Any]) -> None:
-        control.beat(args["local_rank"], step, 0, SCRIPT)
+        told["reports"] += 1
+        control.beat(args["local_rank"], step, told["reports"], SCRIPT)
         told["steps"] = max(told["steps"], step)
         held_out = figures.pop("held_out", None)
         if args["rank"] == 0 and figures:

@@ -55,8 +55,10 @@ class Silence:
         self.longest_s: float | None = None
         self._stopped_since: float | None = None
 
-    def hear(self, latest: float | None) -> None:
-        """Take note of the time of the latest report, None when there is none."""
+    def hear(self, latest: float | None, num_reports: int) -> None:
+        """Take note of the time of the latest report, None when there is none, and of how many there were."""
+        if num_reports > 1:  # all of them may have come between two looks
+            self.longest_s = self.longest_s or 0.0
         if latest is not None and self.heard is not None and latest > self.heard:
             self.longest_s = max(self.longest_s or 0.0, latest - self.heard)
         self.heard = latest

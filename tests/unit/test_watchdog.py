@@ -89,9 +89,19 @@ def test_a_script_may_be_silent_for_as_long_as_it_ever_was_and_longer():
 
 def test_the_longest_silence_is_between_two_reports():
     silence = Silence()
-    for latest in (None, 10.0, 10.0, 12.0, 40.0, 41.0):
-        silence.hear(latest)
+    for number, latest in enumerate((None, 10.0, 10.0, 12.0, 40.0, 41.0)):
+        silence.hear(latest, number)
     assert (silence.heard, silence.longest_s) == (41.0, 28.0)
+
+
+def test_reports_between_two_looks_count_as_heard():
+    silence = Silence()
+    silence.hear(10.0, 1)
+    assert silence.longest_s is None
+    silence.hear(10.2, 9)
+    quick = Silence()
+    quick.hear(10.2, 9)
+    assert quick.longest_s == 0.0
 
 
 def test_a_rank_is_stopped_for_as_long_as_every_look_finds_it_so():
