@@ -45,6 +45,8 @@ class Options(component.Options):
 
 
 Say = Callable[[str], None]
+_detached: list["subprocess.Popen[bytes]"] = []
+"""Processes that this one started and that may outlive it: kept, since Python complains of those it forgets."""
 
 
 def render(plan: "AnyPlan", run_path: Path) -> Submission:
@@ -213,6 +215,7 @@ class _Home:
                 start_new_session=True,
                 preexec_fn=lambda: os.nice(HEAD_NICENESS),
             )
+        _detached.append(head)
         record = {
             "pid": head.pid,
             "pid_started": _started_at(head.pid),
@@ -241,7 +244,7 @@ class _Home:
         words += ["--until", str(record["pid"]), "--spare"]
         words += [] if turn is None else ["--turn", str(turn)]
         with open(log_path, "ab") as log:
-            subprocess.Popen(
+            driver = subprocess.Popen(
                 [*command, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -249,6 +252,7 @@ class _Home:
                 start_new_session=True,
                 pass_fds=[] if turn is None else [turn],
             )
+        _detached[:] = [driver, *(process for process in _detached if process.poll() is None)]
 
     def hand_over(self, run_path: str) -> bool:
         """Give the run to a waiting driver of this very code; False when there is none."""
