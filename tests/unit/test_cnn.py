@@ -277,7 +277,7 @@ def test_mixtures_of_an_odd_number_are_refused() -> None:
 def test_it_learns(architecture: str) -> None:
     made, batch = task(architecture=architecture, width=8), a_batch(16)
     optimizer = torch.optim.AdamW(made.parts["model"].parameters(), lr=1e-2)
-    for _ in range(40):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = made.loss("train", made.parts, batch)
         loss.backward()
