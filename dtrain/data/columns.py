@@ -155,8 +155,11 @@ class Table:
         import pyarrow.compute as pc
 
         column = self._columns.column(name)
+        times = column
+        if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+            times = pc.replace_substring_regex(column, r"^(\d{4}-\d{2})$", r"\1-01")  # a month is its first day
         try:
-            times = pc.cast(column, pa.timestamp("us")).cast(pa.int64())
+            times = pc.cast(times, pa.timestamp("us")).cast(pa.int64())
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             times = pa.chunked_array([self.numbers(name)])
         if times.null_count:

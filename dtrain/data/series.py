@@ -1,10 +1,12 @@
 """Time series: windows of the past, from which the next values of one column are predicted.
 
-`seattle_weather.csv`, the default, is the weather at Seattle measured on each day of 2012 to 2015 (precipitation in mm,
-highest and lowest temperature in degrees Celsius, wind): of NOAA's National Climatic Data Center, in the public domain
-as a work of the government of the United States, in the selection of the project vega-datasets.
+`elnino`, the default, comes with statsmodels: the mean temperature of the sea's surface off Peru and Ecuador (0 to 10
+degrees south, 80 to 90 degrees west) in each month of 1950 to 2010, in degrees Celsius; of NOAA's National Weather
+Service (ERSST.V3B, Nino 1+2), in the public domain.
 """
 
+import importlib.util
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,32 +26,31 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 """Raise when the same series would be prepared differently."""
-SEATTLE_WEATHER = "seattle_weather"
-_SEATTLE = {
-    "source": str(Path(__file__).with_name("seattle_weather.csv")),
-    "target": "temp_max",
-    "time": "date",
-    "features": ("precipitation", "temp_max", "temp_min", "wind"),
-}
+ELNINO = "elnino"
+_MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
+_TARGET, _TIME = "temperature", "month"
 
 
 class Options(component.Options):
     """A time series from a CSV or Parquet file: from the last steps, the next values of a column are predicted."""
 
-    source: str = SEATTLE_WEATHER
-    """`seattle_weather`, daily measurements of four years that dtrain brings along, or your own CSV or Parquet file,
-    one row a time step, in the order of time."""
+    source: str = ELNINO
+    """`elnino`, 61 years of the sea's monthly temperature in the Pacific that statsmodels brings along, or your own CSV
+    or Parquet file, one row a time step, in the order of time."""
     target: str | None = None
-    """Column whose next values are predicted; `temp_max` of seattle_weather."""
+    """Column whose next values are predicted; `temperature` of elnino."""
     time: str | None = None
     """Column with the time, checked to rise from row to row; it is not predicted from."""
     features: tuple[str, ...] | None = None
     """Columns with numbers to predict from; by default all but the time, with the target among them. Where the file is
     not at hand when a job is planned, they must be listed."""
-    sequence_length: PositiveInt = Field(default=28, le=2**16)
+    sequence_length: PositiveInt = Field(default=24, le=2**16)
     """Time steps that a prediction is made from."""
-    horizon: PositiveInt = Field(default=7, le=2**16)
+    horizon: PositiveInt = Field(default=6, le=2**16)
     """Time steps that are predicted, the next ones."""
+    season: PositiveInt | None = None
+    """Time steps after which the series is likely to repeat, 12 for months of a year (known of elnino): forecasts by
+    the season are then among the yardsticks."""
     missing: Literal["refuse", "previous"] = "refuse"
     """What is done where a number is missing: stop, or take the one before it."""
     held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.2
@@ -78,7 +79,7 @@ def resolve(options: Options, folder: Path) -> Options:
     Raises `InputError` for what does not go together.
     """
     options = _complete(options)
-    if options.source == SEATTLE_WEATHER:
+    if options.source == ELNINO:
         return options
     options = options.model_copy(update={"source": columns.resolved(options.source, folder)[0]})
     return _with_features(options)
@@ -112,7 +113,7 @@ class SeriesSource:
 
         meta = read_meta(folder)
         self.fingerprint: str = folder.name
-        """Changes with the series, the columns chosen and the windows."""
+        """Changes with the series and the options."""
         self.features: tuple[str, ...] = tuple(options.features or ())
         """The columns to predict from."""
         self._target: dict[str, float] = meta["target"]
@@ -126,7 +127,8 @@ class SeriesSource:
         self.held_out = Windows(inputs[cut:], target[cut:], *lengths, shuffled(len(target) - cut - sum(lengths) + 1))
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
-        """Mean squared errors, in the units of the targets, of saying the last value again and of the training mean."""
+        """Mean squared errors, in the units of the targets, of forecasts that need no training: the last value again,
+        the training mean, and, of a series with seasons, the last season again and the mean of this time in all."""
         return {"loss": dict(self._yardsticks)}
 
     def to_target(self, values: "np.ndarray") -> "np.ndarray":
@@ -161,24 +163,17 @@ class Windows:
 
 def _complete(options: Options) -> Options:
     """The options with what is known of the series that comes along. Raises `InputError` for what does not fit."""
-    if options.source == SEATTLE_WEATHER:
-        known: Sequence[str] = _SEATTLE["features"]
+    if options.source == ELNINO:
         for key, names in (("target", [options.target]), ("features", options.features or ())):
             for name in names:
-                if name is not None and name not in known:
+                if name not in (None, _TARGET):
                     raise InputError(
-                        f"data.{key}: {SEATTLE_WEATHER} has no column {name!r}{component.suggestion(name, known)}"
+                        f"data.{key}: {ELNINO} has no column {name!r}{component.suggestion(str(name), [_TARGET])}"
                     )
-        if options.time not in (None, _SEATTLE["time"]):
-            raise InputError(
-                f"data.time: the time of {SEATTLE_WEATHER} is in {_SEATTLE['time']!r}; leave data.time out"
-            )
+        if options.time not in (None, _TIME):
+            raise InputError(f"data.time: the time of {ELNINO} is in {_TIME!r}; leave data.time out")
         return options.model_copy(
-            update={
-                "target": options.target or _SEATTLE["target"],
-                "time": _SEATTLE["time"],
-                "features": options.features or _SEATTLE["features"],
-            }
+            update={"target": _TARGET, "time": _TIME, "features": (_TARGET,), "season": options.season or len(_MONTHS)}
         )
     if options.target is None:
         raise InputError(
@@ -207,16 +202,40 @@ def _with_features(options: Options) -> Options:
 
 
 def _path(options: Options) -> str:
-    if options.source == SEATTLE_WEATHER:
-        return str(_SEATTLE["source"])
+    if options.source == ELNINO:
+        return _elnino_file()
     found = columns.find(options.source)
     if len(found) > 1:
         raise InputError(f"data.source: {options.source} leads to {len(found)} files; a series is in one: name that")
     return found[0]
 
 
+def _elnino_file() -> str:
+    """Where statsmodels keeps the series. Raises `InputError` when it is not installed."""
+    package = importlib.util.find_spec("statsmodels")  # which does not import it
+    for folder in list(package.submodule_search_locations or []) if package else []:
+        path = os.path.join(folder, "datasets", "elnino", "elnino.csv")
+        if os.path.isfile(path):
+            return path
+    raise InputError(
+        f"data.source: {ELNINO} comes with statsmodels, which is not installed here; run: pip install 'dtrain[train]',"
+        " or name a series of your own"
+    )
+
+
+def _elnino(path: str) -> columns.Table:
+    """One row a month, of a file with one row a year."""
+    import numpy as np
+    import pyarrow as pa
+
+    years = columns.read(path, ["YEAR", *_MONTHS])
+    months = [f"{year}-{month:02}" for year in years.words("YEAR") for month in range(1, len(_MONTHS) + 1)]
+    values = np.stack([years.numbers(month) for month in _MONTHS], axis=1).ravel()
+    return columns.Table(path, pa.table({_TIME: months, _TARGET: values}), 1)
+
+
 def _settings(options: Options) -> list[Any]:
-    return [FORMAT, options.model_dump(exclude={"source"})]
+    return [FORMAT, options.source == ELNINO, options.model_dump(exclude={"source"})]
 
 
 def _prepare(options: Options, cache: Path) -> Path:
@@ -229,7 +248,10 @@ def _convert(options: Options, path: str, folder: Path) -> dict[str, Any]:
 
     assert options.target is not None and options.features is not None
     names = list(dict.fromkeys([*options.features, options.target]))
-    table = columns.read(path, [*names, *([options.time] if options.time else [])])
+    if options.source == ELNINO:
+        table = _elnino(path)
+    else:
+        table = columns.read(path, [*names, *([options.time] if options.time else [])])
     if options.time:
         table.check_order(options.time)
     values = np.stack([table.numbers(name, may_miss=options.missing == "previous") for name in names], axis=1)
@@ -250,17 +272,36 @@ def _convert(options: Options, path: str, folder: Path) -> dict[str, Any]:
     place = names.index(options.target)
     scaled[:, : len(options.features)].tofile(folder / "inputs.bin")
     scaled[:, place].tofile(folder / "target.bin")
-    target = scaled[cut:, place].astype(np.float64)
-    windows = np.lib.stride_tricks.sliding_window_view(target[length - 1 :], options.horizon + 1)
     return {
         "format": FORMAT,
         "num_train": cut,
         "target": {"mean": float(mean[place]), "std": float(std[place])},
-        "loss": {
-            "the last value again": float(((windows[:, 1:] - windows[:, :1]) ** 2).mean()),
-            "always the mean": float((windows[:, 1:] ** 2).mean()),
-        },
+        "loss": _yardsticks(options, scaled[:, place].astype(np.float64), cut),
     }
+
+
+def _yardsticks(options: Options, target: "np.ndarray", cut: int) -> dict[str, float]:
+    """Mean squared errors of simple forecasts over all held-out windows; `target` [time steps] is held out from `cut`.
+
+    Raises `InputError` for a season that is longer than what comes before.
+    """
+    import numpy as np
+
+    steps = np.arange(options.horizon)
+    # The first time step that is predicted, of each window.
+    begins = np.arange(cut + options.sequence_length, len(target) - options.horizon + 1)[:, None]
+    came = target[begins + steps]
+    forecasts = {"the last value again": target[begins - 1], "always the mean": 0.0}
+    if options.season is not None:
+        if options.season > cut:
+            raise InputError(
+                f"data.season is {options.season} time steps, and there are {cut} to train on; give a shorter one, or"
+                " leave it out"
+            )
+        means = np.array([target[place : cut : options.season].mean() for place in range(options.season)])
+        forecasts["the last season again"] = target[begins - options.season + steps % options.season]
+        forecasts["the mean of this time in all seasons"] = means[(begins + steps) % options.season]
+    return {name: float(((forecast - came) ** 2).mean()) for name, forecast in forecasts.items()}
 
 
 def _filled(values: "np.ndarray", names: Sequence[str], path: str) -> "np.ndarray":

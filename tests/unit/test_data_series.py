@@ -1,6 +1,9 @@
 """Time series: windows in the order of time, what is held out, yardsticks, and how mistakes are told."""
 
 import csv
+import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,12 @@ def opened(cache: Path, **words: object) -> SeriesSource:
     options = series.resolve(Options(**words), Path("/"))
     series.prepare(options, cache)
     return series.open(options, cache)
+
+
+def elnino() -> Path:
+    statsmodels = importlib.util.find_spec("statsmodels")
+    assert statsmodels is not None and statsmodels.origin is not None
+    return Path(statsmodels.origin).parent / "datasets" / "elnino" / "elnino.csv"
 
 
 def everything(windows: series.Windows) -> dict[str, np.ndarray]:
@@ -38,23 +47,58 @@ def ramp(tmp_path: Path) -> Path:
 WORDS = {"target": "up", "time": "when", "missing": "previous", "sequence_length": 6, "horizon": 3}
 
 
-def test_the_default_is_measured_weather_and_needs_nothing(tmp_path: Path) -> None:
-    assert series.describe(Options()) == DataShape("series", sequence_length=28, num_features=4, horizon=7)
+def test_the_default_is_a_measured_series(tmp_path: Path) -> None:
+    assert series.describe(Options()) == DataShape("series", sequence_length=24, num_features=1, horizon=6)
     source = opened(tmp_path)
-    with Path(series.__file__).with_name("seattle_weather.csv").open() as stream:
-        rows = list(csv.DictReader(stream))
-    assert (rows[0]["date"], rows[-1]["date"], len(rows)) == ("2012-01-01", "2015-12-31", 4 * 365 + 1)
-    train = source.train.batch(np.array([0, 500]), np.zeros(2, dtype=np.uint64))
-    assert train["inputs"].shape == (2, 28, 4)
-    assert train["targets"].shape == (2, 7)
-    assert train["inputs"].dtype == train["targets"].dtype == np.float32
-    expected = [float(row["temp_max"]) for row in rows[528:535]]
-    assert np.allclose(source.to_target(train["targets"][1]), expected, atol=1e-4)
-    assert np.allclose(
-        source.to_target(train["inputs"][1, :, 1]), [float(r["temp_max"]) for r in rows[500:528]], atol=1e-4
-    )
+    assert source.train.num_samples == 586 - 30 + 1
+    assert source.held_out.num_samples == 146 - 30 + 1
+    batch = source.train.batch(np.array([0, 500]), np.zeros(2, dtype=np.uint64))
+    assert batch["inputs"].shape == (2, 24, 1)
+    assert batch["targets"].shape == (2, 6)
+    assert batch["inputs"].dtype == batch["targets"].dtype == np.float32
+    with elnino().open() as stream:
+        years = list(csv.DictReader(stream))
+    assert [int(year["YEAR"]) for year in years] == [*range(1950, 2011)]
+    names = ["JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC"]
+    months = [float(year[name]) for year in years for name in names]
+    for row, start in enumerate((0, 500)):
+        assert np.allclose(source.to_target(batch["inputs"][row, :, 0]), months[start : start + 24], atol=1e-4)
+        assert np.allclose(source.to_target(batch["targets"][row]), months[start + 24 : start + 30], atol=1e-4)
     losses = source.yardsticks()["loss"]
-    assert 0.3 < losses["the last value again"] < 0.5 < losses["always the mean"]
+    assert sorted(losses, key=losses.__getitem__) == [
+        "the mean of this time in all seasons",
+        "the last season again",
+        "always the mean",
+        "the last value again",
+    ]
+
+
+def test_the_package_of_the_default_is_read_and_never_imported(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from dtrain.data import series\n"
+        f"series.prepare(series.resolve(series.Options(), Path('/')), Path({str(tmp_path)!r}))\n"
+        "print(*(name for name in ('statsmodels', 'scipy', 'torch') if name in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+    assert list(tmp_path.glob("series-*/meta.json"))
+
+
+def test_the_default_needs_its_package_to_train_not_to_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    options = series.resolve(Options(), Path("/"))
+    assert series.describe(options).num_features == 1
+    for read in (series.prepare, series.open):
+        with pytest.raises(InputError, match=r"statsmodels, which is not installed here; run: pip install 'dtrain\["):
+            read(options, tmp_path)
+
+
+def test_the_same_file_as_your_own_is_read_as_it_is(tmp_path: Path) -> None:
+    known = opened(tmp_path)
+    assert known.features == ("temperature",)
+    words = {"target": "temperature", "time": "month", "features": ["temperature"], "season": 12}
+    with pytest.raises(InputError, match=r"elnino.csv has no column 'temperature'"):
+        opened(tmp_path, source=str(elnino()), **words)
 
 
 def test_the_end_is_held_out_and_shares_no_time_step(tmp_path: Path, ramp: Path) -> None:
@@ -98,10 +142,46 @@ def test_yardsticks_are_the_losses_of_those_forecasts(tmp_path: Path) -> None:
     source = opened(tmp_path, sequence_length=10, horizon=4)
     batch = everything(source.held_out)
     last = batch["last"][:, None]
-    assert (last == batch["inputs"][:, -1:, source.features.index("temp_max")]).all()
+    assert (last == batch["inputs"][:, -1:, 0]).all()
     losses = source.yardsticks()["loss"]
+    assert len(losses) == 4
     assert losses["the last value again"] == pytest.approx(((batch["targets"] - last) ** 2).mean(), rel=1e-5)
     assert losses["always the mean"] == pytest.approx((batch["targets"] ** 2).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [1, 5, 14, 25])
+def test_the_last_season_is_the_one_before_the_forecast(tmp_path: Path, horizon: int) -> None:
+    source = opened(tmp_path, sequence_length=12, horizon=horizon)
+    batch = everything(source.held_out)
+    # Twelve steps are one season: what is predicted goes round and round in them.
+    forecast = np.tile(batch["inputs"][..., 0], 3)[:, :horizon]
+    loss = source.yardsticks()["loss"]["the last season again"]
+    assert loss == pytest.approx(((batch["targets"] - forecast) ** 2).mean(), rel=1e-5)
+
+
+def test_the_mean_of_a_season_is_of_the_training_steps_alone(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    values = [n % 4 + (100 if n >= 81 else 0) for n in range(101)]  # the last 20 are held out
+    path.write_text("y\n" + "".join(f"{value}\n" for value in values))
+    words = {"source": str(path), "target": "y", "sequence_length": 5, "horizon": 3, "season": 4}
+    source = opened(tmp_path / "cache", **words)
+    scale = source.to_target(np.ones(1)) - source.to_target(np.zeros(1))
+    loss = source.yardsticks()["loss"]["the mean of this time in all seasons"]
+    assert loss == pytest.approx((100 / scale[0]) ** 2, rel=1e-6)
+
+
+def test_a_season_may_be_longer_than_a_window(tmp_path: Path) -> None:
+    path = tmp_path / "s.csv"
+    path.write_text("y\n" + "".join(f"{(n % 30) ** 2}\n" for n in range(100)))
+    words = {"source": str(path), "target": "y", "sequence_length": 5, "horizon": 3}
+    assert opened(tmp_path / "cache", **words).yardsticks()["loss"].keys() == {
+        "the last value again",
+        "always the mean",
+    }
+    losses = [opened(tmp_path / "cache", season=n, **words).yardsticks()["loss"] for n in (29, 30)]
+    assert losses[0]["the last season again"] > losses[1]["the last season again"] == 0.0
+    with pytest.raises(InputError, match=r"data.season is 81 time steps, and there are 80 to train on"):
+        opened(tmp_path / "cache", season=81, **words)
 
 
 def test_statistics_are_of_the_training_steps_alone(tmp_path: Path) -> None:
@@ -113,12 +193,17 @@ def test_statistics_are_of_the_training_steps_alone(tmp_path: Path) -> None:
 
 
 def test_the_target_need_not_be_a_feature(tmp_path: Path) -> None:
-    source = opened(tmp_path, features=["wind"])
-    other = opened(tmp_path)
+    path = tmp_path / "s.csv"
+    path.write_text("x,y\n" + "".join(f"{n},{n * n % 7}\n" for n in range(100)))
+    words = {"source": str(path), "target": "y", "sequence_length": 6, "horizon": 3}
     draw = np.zeros(2, dtype=np.uint64)
-    found, expected = (one.train.batch(np.array([0, 9]), draw) for one in (source, other))
+    found, expected = (
+        opened(tmp_path / "cache", **words, **more).train.batch(np.array([0, 9]), draw)
+        for more in ({"features": ["x"]}, {})
+    )
     assert (found["targets"] == expected["targets"]).all()
-    assert (found["inputs"][..., 0] == expected["inputs"][..., 3]).all()
+    assert (found["inputs"] == expected["inputs"][..., :1]).all()
+    assert found["inputs"].shape == (2, 6, 1)
 
 
 def test_features_are_read_from_the_header_while_planning(tmp_path: Path, ramp: Path) -> None:
@@ -144,6 +229,17 @@ def test_parquet_with_timestamps_is_the_same(tmp_path: Path, ramp: Path) -> None
         assert (array == everything(other.train)[name]).all()
 
 
+def test_months_are_times(tmp_path: Path) -> None:
+    months = [f"{1990 + n // 12}-{1 + n % 12:02d}" for n in range(60)]
+    words = {"source": str(tmp_path / "s.csv"), "target": "y", "time": "month", "sequence_length": 4, "horizon": 2}
+    (tmp_path / "s.csv").write_text("month,y\n" + "".join(f"{month},{n}\n" for n, month in enumerate(months)))
+    assert opened(tmp_path / "cache", **words).features == ("y",)
+    months[7], months[8] = months[8], months[7]
+    (tmp_path / "s.csv").write_text("month,y\n" + "".join(f"{month},{n}\n" for n, month in enumerate(months)))
+    with pytest.raises(InputError, match=r"column 'month', row 10 has 1990-08 after 1990-09; sort the file by time"):
+        opened(tmp_path / "cache", **words)
+
+
 def test_draws_change_nothing(tmp_path: Path) -> None:
     source = opened(tmp_path)
     index = np.array([5, 6])
@@ -157,9 +253,9 @@ def test_draws_change_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"target": "temp"}, r"data.target: seattle_weather has no column 'temp'; did you mean 'temp_m"),
-        ({"features": ["winds"]}, r"data.features: seattle_weather has no column 'winds'; did you mean 'wind'"),
-        ({"time": "day"}, r"data.time: the time of seattle_weather is in 'date'"),
+        ({"target": "temp"}, r"data.target: elnino has no column 'temp'; there is: temperature"),
+        ({"features": ["temperatur"]}, r"data.features: elnino has no column 'temperatur'; did you mean 'temperature'"),
+        ({"time": "day"}, r"data.time: the time of elnino is in 'month'; leave data.time out"),
         ({"source": "x.csv"}, r"data.target must be given for x.csv"),
         ({"source": "x.csv", "target": "y", "time": "t", "features": ["t"]}, r"each once, and not data.time"),
     ],
@@ -170,7 +266,9 @@ def test_options_that_do_not_go_together_are_told_while_planning(words: dict, me
             plan(Options(**words))
 
 
-@pytest.mark.parametrize("words", [{"horizon": 0}, {"sequence_length": 0}, {"held_out": 0.0}, {"missing": "skip"}])
+@pytest.mark.parametrize(
+    "words", [{"horizon": 0}, {"season": 0}, {"sequence_length": 0}, {"held_out": 0.0}, {"missing": "skip"}]
+)
 def test_options_out_of_bounds_are_refused(words: dict) -> None:
     with pytest.raises(ValidationError):
         Options(**words)
@@ -185,7 +283,7 @@ def test_options_out_of_bounds_are_refused(words: dict) -> None:
         ("t,y\n1,5\n2,x\n", {}, r"column 'y', row 3 has 'x', which is no number"),
         ("t,z\n1,5\n", {}, r"data.target: .*s.csv has no column 'y'; there is: t, z"),
         ("y\n1\n", {}, r"data.time: .*s.csv has no column 't'"),
-        ("t,y\n1,5\n2,6\n", {}, r"has 2 rows, of which 2 are to train on, and a window is 35 \(sequence_length 28 \+"),
+        ("t,y\n1,5\n2,6\n", {}, r"has 2 rows, of which 2 are to train on, and a window is 30 \(sequence_length 24 \+"),
         ("t,y\n" + "".join(f"{n},{n}\n" for n in range(60)), {}, r"has 60 rows, of which 12 are to hold out"),
         ("t,y\n1,\n2,6\n", {"missing": "previous"}, r"begins with an empty cell in column 'y'"),
         ("", {}, r"s.csv is empty"),
