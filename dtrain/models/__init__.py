@@ -80,6 +80,8 @@ class Task:
 
     parts: "dict[str, nn.Module]"
     phases: tuple[Phase, ...]
+    shows_progress = False
+    """Whether its sample is made at every evaluation, not only at the end: pictures that cost little."""
 
     def __init__(self, parts: "Mapping[str, nn.Module]", phases: Sequence[Phase] = ()) -> None:
         self.parts = dict(parts)

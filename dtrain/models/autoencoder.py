@@ -100,6 +100,8 @@ class Reconstruction(Task):
     training with calibrated decoders", 2021), so that no weight between the two costs has to be found.
     """
 
+    shows_progress = True
+
     def __init__(self, options: Options, has_pictures: bool, network: "Autoencoder") -> None:
         super().__init__({"model": network})
         self._options, self._has_pictures, self._network = options, has_pictures, network

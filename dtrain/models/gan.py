@@ -96,6 +96,8 @@ class GAN(Task):
     compares made pictures with held-out ones, without either player: least when both are distributed alike.
     """
 
+    shows_progress = True
+
     def __init__(self, options: Options, generator: "Decoder", discriminator: "Discriminator") -> None:
         super().__init__(
             {"generator": generator, "discriminator": discriminator},

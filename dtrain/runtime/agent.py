@@ -133,6 +133,8 @@ class Agent:
         self._peer_steps: set[int | None] = {None}
         """What the other nodes' snapshots held when the last attempt failed."""
         self._attempt_number = 0
+        self._picture = ""
+        """File of the last pictures that the model made."""
         self._num_parameters = 0
         """Of a model whose parameters only its workers could count; 0 before they have, and for all others."""
         self._data = ""
@@ -319,6 +321,8 @@ class Agent:
             self.end({"state": "failed", "error_kind": "storage", "error": text, "cause": text, "outcome": outcome})
             return
         self._end_record(None, step)
+        if self._picture:
+            outcome["pictures"] = self._picture
         outcome["checkpoint"] = store.path_of(self.run_folder.checkpoints, step).name
         cause = f"all {step} steps done"
         if step < self._plan.train.steps:
@@ -436,7 +440,8 @@ class Agent:
         elif "metrics" in message and self._scribe is not None:
             self._scribe.write(len(self._attempts), message["metrics"])
         elif "picture" in message and self._scribe is not None:
-            self._scribe.show(self.run_folder.samples / message["picture"]["file"], message["picture"]["step"])
+            self._picture = message["picture"]["file"]
+            self._scribe.show(self.run_folder.samples / self._picture, message["picture"]["step"])
 
     def _write_checkpoint(self, step: int, held_out: Mapping[str, float]) -> None:
         self._writer.write(self._zygote, step, self._attempt_number, held_out, self._data)

@@ -177,6 +177,8 @@ class Attempt:
         elif self._first_step_at is not None:
             usual = float("inf")
         limit = watchdog.timeout(usual, retry.hang_timeout_s, retry.start_timeout_s)
+        if any(beat.phase == watchdog.ENDING for beat in beats.values()):
+            limit = max(limit, retry.start_timeout_s)  # nobody knows how long the last sample takes
         if not watchdog.is_hung(list(beats.values()), now, limit):
             return []
         stopped = [rank for rank in self.ranks if _is_stopped(rank.child.pid)]

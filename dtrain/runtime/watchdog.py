@@ -9,6 +9,7 @@ SHORTEST_TIMEOUT_S = 10.0
 LONGEST_OF_SCRIPT = 5.0
 """A script is stuck when it reports nothing for this many times its longest silence between two reports."""
 PHASES = ("starting", "reading data", "forward", "backward", "updating", "snapshot", "evaluating", "ending", "script")
+ENDING = PHASES.index("ending")
 SCRIPT = PHASES.index("script")
 """All that is known of a script: it has reported."""
 

@@ -50,7 +50,7 @@ class LoaderLost(DtrainError):
 
 
 class Lent:
-    """A batch in the memory of a loader, which is written to again some time after `NUM_HELD` others were handed out."""
+    """A batch in the memory of a loader, written to again some time after `NUM_HELD` others were handed out."""
 
     def __init__(self, loader: "_Loader", slot: int, arrays: Arrays) -> None:
         self._loader, self._slot = loader, slot

@@ -176,6 +176,8 @@ def train(training: Training, start: int, keeper: Keeper) -> dict[str, Any]:
             paused = metrics.pause()
             held_out = measure(step, plan.evaluate.samples)
             keeper.commit(step, held_out)
+            if task.shows_progress:
+                _made(training, step, keeper)
             if training.patience is not None:
                 _consider(training.patience, step, held_out)
                 last = end()
@@ -250,8 +252,14 @@ def _beat_evaluating(keeper: Keeper, step: int, number: int) -> None:
 
 def _showpiece(training: Training, step: int, keeper: Keeper) -> dict[str, Any]:
     """What a person wants to see at the end: yardsticks to hold the metrics against, and a sample."""
+    text = _made(training, step, keeper)
+    return {"yardsticks": training.source.yardsticks(), "sample": text} if training.place.worker == 0 else {}
+
+
+def _made(training: Training, step: int, keeper: Keeper) -> str | None:
+    """Let the task make its sample, and show it if it is one to look at; text is returned."""
     if training.prepared.is_replicated and training.place.worker != 0:
-        return {}
+        return None
     from dtrain.training.sample import showpiece
 
     averaged = training.average.in_place() if training.average is not None else contextlib.nullcontext()
@@ -259,4 +267,4 @@ def _showpiece(training: Training, step: int, keeper: Keeper) -> dict[str, Any]:
         made = showpiece(training.task, training.source, training.plan.train.seed)
     if made is not None and made.pictures is not None:
         keeper.show(step, made.pictures)
-    return {"yardsticks": training.source.yardsticks(), "sample": (made.text or None) if made else None}
+    return (made.text or None) if made is not None else None

@@ -30,6 +30,7 @@ def show(run: runs.Run, record: runs.Record, *, hints: bool = True) -> Renderabl
     if record.state == "succeeded" or record.outcome.get("metrics"):
         parts += comparison(record.outcome)
         parts += sample(record.outcome)
+        parts += pictures(run, record.outcome)
     if record.state in ("failed", "lost"):
         parts += failure(record)
     if hints:
@@ -102,6 +103,15 @@ def sample(outcome: dict[str, Any]) -> list[RenderableType]:
     if len(lines) > MAX_SAMPLE_LINES:
         lines = [*lines[:MAX_SAMPLE_LINES], "..."]
     return [Text("\n  a sample of what it writes", style="dim"), indented(lines, 4)]
+
+
+def pictures(run: runs.Run, outcome: dict[str, Any]) -> list[RenderableType]:
+    """Where the pictures are that the model made."""
+    name = outcome.get("pictures")
+    if not isinstance(name, str):
+        return []
+    text = Text("\n  pictures it made: ", style="dim")
+    return [text.append(f"{words.shortest(run.path)}/samples/{name}", style="not dim")]
 
 
 def failure(record: runs.Record) -> list[RenderableType]:

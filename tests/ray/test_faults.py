@@ -37,10 +37,10 @@ def weights(run: Run, step: int = 60) -> dict:
     return tensors
 
 
-def assert_same_weights(run: Run, other: Run) -> None:
+def assert_same_weights(run: Run, other: Run, step: int = 60) -> None:
     import torch
 
-    one, two = weights(run), weights(other)
+    one, two = weights(run, step), weights(other, step)
     assert one.keys() == two.keys()
     assert [name for name in one if not torch.equal(one[name], two[name])] == []
     assert any(tensor.abs().sum() > 0 for tensor in one.values())
