@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pytest
 from conftest import Desk
+from PIL import Image
 
 from dtrain import runs
 
@@ -38,3 +40,44 @@ def test_gpt2_124m_in_miniature(desk: Desk) -> None:
     settings += ["data.tokenizer.vocab_size=300", "data.sequence_length=64", "schedule.warmup_steps=1"]
     run, _ = run_to_the_end(desk, "gpt2_124m.yaml", *settings, "train.compile=false")
     assert run.record.state == "succeeded"
+
+
+OTHERS = {
+    "bert_small.yaml": [*SMALL_TEXT, "data.tokenizer.vocab_size=300", "schedule.warmup_steps=1"],
+    "lstm_timeseries.yaml": ["schedule.warmup_steps=1"],
+    "resnet18_digits.yaml": ["model.width=8", "schedule.warmup_steps=1"],
+    "vit_digits.yaml": ["schedule.warmup_steps=1"],
+    "dcgan_digits.yaml": ["model.generator_width=4", "model.discriminator_width=4"],
+    "vae_digits.yaml": ["model.width=4", "schedule.warmup_steps=1"],
+}
+"""What else fits two cores, and what makes it small."""
+
+
+def width(path: Path) -> int:
+    with Image.open(path) as image:
+        return image.width
+
+
+@pytest.mark.parametrize("job", OTHERS)
+def test_another_job_in_miniature(desk: Desk, job: str) -> None:
+    words = ["submit", str(JOBS / job), "-c", str(desk.cluster)]
+    for setting in ["train.steps=4", "evaluate.every_steps=2", "evaluate.samples=8", *OTHERS[job]]:
+        words += ["--set", setting]
+    shown = desk.dtrain(*words, timeout=110).stdout
+    run = runs.list_runs(desk.storage)[-1]
+    assert run.record.state == "succeeded", run.record
+    assert run.record.outcome["metrics"]["loss"] > 0
+    assert [line["step"] for line in run.metrics() if "held_out" in line] == [2, 4]
+    if job in ("dcgan_digits.yaml", "vae_digits.yaml"):
+        pictures = sorted(path.name for path in run.samples.iterdir())
+        assert pictures == ["step-00000002.png", "step-00000004.png"]
+        assert "step-00000004.png" in shown
+        assert width(run.samples / pictures[0]) >= 512
+        drawn = desk.dtrain("sample", run.id, "--storage", str(desk.storage)).stdout.strip()
+        assert width(Path(drawn)) >= 512
+
+
+def test_every_shipped_job_is_run_or_planned() -> None:
+    """A job that is neither in these tests nor among the golden plans would be nobody's."""
+    golden = {path.name.partition(".")[0] for path in (JOBS.parent / "tests" / "golden").glob("*.json")}
+    assert {path.stem for path in JOBS.glob("*.yaml")} <= golden

@@ -6,7 +6,7 @@ from test_faults import assert_nothing_left, assert_same_weights
 
 from dtrain.checkpoint import store
 
-STEPS = 300
+STEPS = 160
 
 
 @pytest.mark.parametrize(
