@@ -1,6 +1,7 @@
 """One try of a run on one node: fork the ranks, watch them, and when one is lost, save what can be saved."""
 
 import contextlib
+import math
 import os
 import re
 import select
@@ -32,6 +33,8 @@ STACKS_S = 0.3
 """How long a hung rank gets to write down where it is."""
 WATCH_EVERY_S = 0.25
 TURN_S = 0.05
+NOTICE_S = 2.0
+"""How long before it happens the agents of all nodes are told when to stop."""
 
 
 @dataclass
@@ -115,7 +118,9 @@ class Attempt:
         try:
             while True:
                 turn(TURN_S)
-                if wants_stop() and not self.control.stop:
+                if wants_stop() and self._is_spread and all(rank.is_ready for rank in self.ranks):
+                    self._agree_to_stop()
+                elif wants_stop() and not self.control.stop:
                     self.control.stop = 1
                     self._leave_by = time.monotonic() + LEAVE_S
                     for rank in self.ranks if self._is_script else ():
@@ -140,6 +145,21 @@ class Attempt:
                         return self._fail(hung, turn)
         finally:
             self._end()
+
+    @property
+    def _is_spread(self) -> bool:
+        """Whether the ranks of other nodes must leave after the same step as ours."""
+        return self._node.plan.workers.num_nodes > 1 and not self._is_script
+
+    def _agree_to_stop(self) -> None:
+        """The first node's agent names a step that lies far enough ahead for every agent to hear of it in time."""
+        agreement = self._node.agreement
+        if self._node.number == 0 and not agreement.last_step(self._generation):
+            done = max(self.step - self._first_step, 1)
+            pace = (time.monotonic() - (self._first_step_at or self._started)) / done
+            agreement.stop_after(self._generation, self.step + max(2, math.ceil(NOTICE_S / pace)))
+        if not self.control.last_step:
+            self.control.last_step = agreement.last_step(self._generation)
 
     @property
     def step(self) -> int:

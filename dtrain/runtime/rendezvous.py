@@ -87,6 +87,15 @@ class Agreement:
     def has_failed(self, generation: int) -> bool:
         return self._num_nodes > 1 and bool(self._store.check([f"failed/{generation}"]))
 
+    def stop_after(self, generation: int, step: int) -> None:
+        """Leader: the step after which the ranks of all nodes leave."""
+        self._store.set(f"stop/{generation}", str(step))
+
+    def last_step(self, generation: int) -> int:
+        """The step after which to leave; 0 while there is none."""
+        key = f"stop/{generation}"
+        return int(self._store.get(key)) if self._store.check([key]) else 0
+
     def submit(self, generation: int, report: Mapping[str, Any]) -> None:
         self._store.set(f"report/{generation}/{self._node}", json.dumps(dict(report)))
 

@@ -217,22 +217,25 @@ def test_the_command_killed_changes_nothing(desk: Desk, undisturbed: Run) -> Non
     assert_same_weights(run, undisturbed)
 
 
-def test_stop_and_resume(desk: Desk, undisturbed: Run) -> None:
-    run, _ = desk.submit("checkpoint.every_steps=1000", detach=True)
+def test_stop_and_resume(desk: Desk) -> None:
+    # Long enough not to be over before `dtrain stop` has come up.
+    settings = ["checkpoint.every_steps=5000", "train.steps=1000", "evaluate.every_steps=500"]
+    undisturbed, _ = desk.submit(*settings)
+    run, _ = desk.submit(*settings, detach=True)
     desk.until_step(run, 10)
     stopped = desk.dtrain("stop", run.id, "--storage", str(desk.storage))
     record = run.record
     assert record.state == "stopped", (record, stopped.stdout)
     assert record.exit_code == 130
     (step,) = store.steps(run.checkpoints)
-    assert 10 <= step < 60
+    assert 10 <= step < 1000
     again = desk.dtrain("stop", run.id, "--storage", str(desk.storage))
     assert again.returncode == 0
     desk.dtrain("resume", run.id, "--storage", str(desk.storage))
     record = run.record
     assert record.state == "succeeded"
     assert record.attempts[-1].source == f"step-{step:08d}"
-    assert_same_weights(run, undisturbed)
+    assert_same_weights(run, undisturbed, 1000)
 
 
 def test_a_damaged_checkpoint_is_passed_over(desk: Desk, undisturbed: Run) -> None:

@@ -252,7 +252,10 @@ def test_an_error_while_importing_names_file_and_line(folder: Path) -> None:
     assert lines[-1] == "ModuleNotFoundError: No module named 'no_such_module'"
 
 
-def test_helpers_beside_the_file_are_found_and_one_file_is_imported_once(folder: Path) -> None:
+def test_helpers_beside_the_file_are_found_and_one_file_is_imported_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "task", raising=False)  # that of another test
     (folder / "helper.py").write_text("WIDTH = 6\n")
     (folder / "task.py").write_text("import helper\n" + TASK.replace("width=4", "width=helper.WIDTH"))
     made = plan(folder)
