@@ -80,16 +80,16 @@ class ImageSource:
         self._yardsticks: dict[str, float] = meta["accuracy"]
         given = [(look.mean, meta["mean"]), (look.std, meta["std"])]
         mean, std = (_per_channel(chosen or measured, look.channels) for chosen, measured in given)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scaling = Scaling(mean, std)
         both: list[Kept | Decoded] = []
         for part, augment in (("train", look.augment), ("held_out", Augmentation())):
             labels = np.fromfile(folder / f"{part}_labels.bin", dtype=np.int64)
             if look.decode == "once":
                 shape = (len(labels), look.size, look.size, look.channels)
                 pixels = np.asarray(np.memmap(folder / f"{part}.bin", dtype=np.uint8, mode="r", shape=shape))
-                both.append(Kept(pixels, labels, augment, self._normalised))
+                both.append(Kept(pixels, labels, augment, self._scaling.normalised))
             else:
-                both.append(Decoded(reopen(part, labels), look, augment, self._normalised))
+                both.append(Decoded(reopen(part, labels), look, augment, self._scaling.normalised))
         self.train, self.held_out = both
 
     def yardsticks(self) -> dict[str, dict[str, float]]:
@@ -98,19 +98,29 @@ class ImageSource:
 
     def to_pixels(self, images: "np.ndarray") -> "np.ndarray":
         """Pictures to look at, uint8 [n, h, w, c], for images as in a batch, float32 [n, c, h, w]."""
+        return self._scaling.to_pixels(images)
+
+
+class Scaling:
+    """From pixels to the numbers that models learn from, and back; `mean` and `std` are fp32, one a channel."""
+
+    def __init__(self, mean: "np.ndarray", std: "np.ndarray") -> None:
+        self._scale, self._shift = (1 / (255 * std))[:, None, None], (-mean / std)[:, None, None]
+
+    def to_pixels(self, images: "np.ndarray") -> "np.ndarray":
+        """float32 [n, c, h, w] to uint8 [n, h, w, c]."""
         import numpy as np
 
-        scale, shift = self._scale[:, None, None], self._shift[:, None, None]
-        return np.clip(np.rint((images - shift) / scale), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+        return np.clip(np.rint((images - self._shift) / self._scale), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
-    def _normalised(self, pixels: "np.ndarray") -> "np.ndarray":
+    def normalised(self, pixels: "np.ndarray") -> "np.ndarray":
         """uint8 [b, h, w, c] to float32 [b, c, h, w]."""
         import numpy as np
 
         # Moving the channels is quickest while they are bytes.
         first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        images = np.multiply(first, self._scale[:, None, None], dtype=np.float32)
-        images += self._shift[:, None, None]
+        images = np.multiply(first, self._scale, dtype=np.float32)
+        images += self._shift
         return images
 
 

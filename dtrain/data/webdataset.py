@@ -18,7 +18,7 @@ from dtrain import component
 from dtrain.data import DataShape, pictures, tar_shards
 from dtrain.data.augmentation import Augmentation
 from dtrain.data.kept import digest
-from dtrain.data.pixels import Decoded, Look
+from dtrain.data.pixels import Decoded, Look, Scaling
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
 from dtrain.data.tar_shards import Sample, Shard
 from dtrain.errors import InputError, TrainingError
@@ -134,7 +134,7 @@ class ShardSource:
         defaults = _IMAGENET if options.channels == 3 else tuple((sum(one) / 3,) for one in _IMAGENET)
         given = (options.mean or defaults[0], options.std or defaults[1])
         mean, std = (np.broadcast_to(np.array(one, dtype=np.float32), options.channels) for one in given)
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._scaling = Scaling(mean, std)
         self._yardsticks: dict[str, float] = meta["accuracy"]
         self.train, self.held_out = (
             Members(
@@ -142,7 +142,7 @@ class ShardSource:
                 np.load(folder / f"{part}.npy", mmap_mode="r"),
                 _look(options),
                 augment,
-                self._normalised,
+                self._scaling.normalised,
                 options,
             )
             for part, augment in (("train", options.augment), ("held_out", Augmentation()))
@@ -154,19 +154,7 @@ class ShardSource:
 
     def to_pixels(self, images: "np.ndarray") -> "np.ndarray":
         """Pictures to look at, uint8 [n, h, w, c], for images as in a batch, float32 [n, c, h, w]."""
-        import numpy as np
-
-        scale, shift = self._scale[:, None, None], self._shift[:, None, None]
-        return np.clip(np.rint((images - shift) / scale), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
-
-    def _normalised(self, pixels: "np.ndarray") -> "np.ndarray":
-        """uint8 [b, h, w, c] to float32 [b, c, h, w]."""
-        import numpy as np
-
-        first = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
-        images = np.multiply(first, self._scale[:, None, None], dtype=np.float32)
-        images += self._shift[:, None, None]
-        return images
+        return self._scaling.to_pixels(images)
 
 
 class Shards:
