@@ -155,7 +155,7 @@ def submit(
     decided = _plan(file, cluster, overrides)
     name = runs.new_name(decided)
     if dry_run:
-        click.echo(api.backend_of(decided).render(decided, Path(decided.storage) / name).model_dump_json(indent=2))
+        click.echo(api.backend_of(decided).render(decided, Path(decided.storage) / name).text())
         return
     run = runs.create(decided, api.job_text(file, overrides), name)
     api.hand_over(run, decided, _say)

@@ -2,13 +2,24 @@
 
 - `Options`: its settings (`dtrain.component.Options`);
 - `render(plan, run_path) -> Submission`: the very thing that `send` will send; never touches the network;
-- `send(submission, options, say) -> None`: hand the run over; returns as soon as the cluster has it.
-  `say(text)` tells the person waiting what is going on. Raises `ClusterError`;
+- `send(submission, options, say) -> None`: hand the run over; returns as soon as the cluster has it; handing the same
+  run over twice makes no second one. `say(text)` tells the person waiting what is going on. Raises `ClusterError`;
 - `cluster_up(options, say)`, `cluster_status(options) -> dict`, `cluster_down(options) -> list[str]`:
   the cluster itself; `cluster_down` returns what was ended, a line each.
 
+And where the cluster knows more of a run than its folder does (`local` has none of these):
+
+- `look(run_id, options) -> Sight | None`: what the cluster sees of a run; None when it knows nothing of it;
+- `end(run_id, options) -> bool`: take it off the cluster, whatever it is doing; False when it was not there;
+- `logs(run_id, options, which, follows) -> Iterator[bytes]`: what its pods print ("driver", "rank-0", ...);
+- `check(submission, options) -> list[str]`: let the server validate what would be sent (`--dry-run=server`); what it
+  warned of. Raises `ClusterError` with what it refused;
+- `cluster_scale(options, num_nodes, say)`, `cluster_doctor(options) -> list[dtrain.finding.Finding]`.
+
 Backends and the runtime share the plan and one entry-point string, nothing else.
 """
+
+from typing import Literal
 
 from dtrain.component import Options
 
@@ -25,3 +36,22 @@ class Submission(Options):
     resources: dict[str, float]
     """What the run reserves on each node, in Ray's words (CPU, GPU)."""
     num_nodes: int
+
+    def text(self) -> str:
+        """What `--dry-run` prints."""
+        return self.model_dump_json(indent=2)
+
+
+Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended"]
+
+
+class Sight(Options):
+    """What a cluster sees of a run at this moment."""
+
+    phase: Phase
+    why: str = ""
+    """One sentence: what it waits for, or why it ended."""
+    is_over: bool = False
+    """Nothing of it runs on the cluster any more, and nothing will without another submit."""
+    succeeded: bool | None = None
+    """Once it is over, where the cluster knows."""

@@ -7,7 +7,7 @@
 """
 
 from dtrain.doctor import host, packages, ranks
-from dtrain.doctor.finding import Finding, Say
+from dtrain.finding import Finding, Say
 from dtrain.machine import probe
 
 __all__ = ["Finding", "Say", "examine"]

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from dtrain.checkpoint.shared_memory import FOLDER as SHARED_MEMORY
-from dtrain.doctor.finding import Finding, State
+from dtrain.finding import Finding, State
 from dtrain.machine import Machine
 
 MIB, GIB = 2**20, 2**30

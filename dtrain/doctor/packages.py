@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from dtrain.doctor.finding import Finding, State
+from dtrain.finding import Finding, State
 
 OLDEST_PYTHON = (3, 11)
 INSTALL = "run: pip install 'dtrain[train]'"

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dtrain.doctor.finding import Finding, Say
 from dtrain.errors import ClusterError
+from dtrain.finding import Finding, Say
 from dtrain.machine import Machine
 from dtrain.messages import pair, receive
 from dtrain.runtime import zygote

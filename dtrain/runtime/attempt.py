@@ -118,8 +118,9 @@ class Attempt:
         try:
             while True:
                 turn(TURN_S)
-                if wants_stop() and self._is_spread and all(rank.is_ready for rank in self.ranks):
-                    self._agree_to_stop()
+                if self._is_spread:
+                    if self._leaves_unready(wants_stop()):
+                        return Report({"steps": self._first_step}, step=self._first_step)
                 elif wants_stop() and not self.control.stop:
                     self.control.stop = 1
                     self._leave_by = time.monotonic() + LEAVE_S
@@ -151,15 +152,28 @@ class Attempt:
         """Whether the ranks of other nodes must leave after the same step as ours."""
         return self._node.plan.workers.num_nodes > 1 and not self._is_script
 
-    def _agree_to_stop(self) -> None:
-        """The first node's agent names a step that lies far enough ahead for every agent to hear of it in time."""
+    def _leaves_unready(self, wants_stop: bool) -> bool:
+        """The first node's agent names a step that lies far enough ahead for every agent to hear of it in time.
+
+        The others do as it says, whatever they know themselves. True where nothing was begun that could be kept.
+        """
         agreement = self._node.agreement
-        if self._node.number == 0 and not agreement.last_step(self._generation):
-            done = max(self.step - self._first_step, 1)
-            pace = (time.monotonic() - (self._first_step_at or self._started)) / done
-            agreement.stop_after(self._generation, self.step + max(2, math.ceil(NOTICE_S / pace)))
-        if not self.control.last_step:
+        if self.control.last_step:
+            return False
+        if self._node.number > 0:
             self.control.last_step = agreement.last_step(self._generation)
+            return False
+        if not wants_stop:
+            return False
+        if not all(rank.is_ready for rank in self.ranks):
+            agreement.fail(self._generation)  # the others may be waiting for these ranks
+            return True
+        done = max(self.step - self._first_step, 1)
+        pace = (time.monotonic() - (self._first_step_at or self._started)) / done
+        last = self.step + max(2, math.ceil(NOTICE_S / pace))
+        agreement.stop_after(self._generation, last)
+        self.control.last_step = last
+        return False
 
     @property
     def step(self) -> int:

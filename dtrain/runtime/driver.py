@@ -261,8 +261,8 @@ class Driver:
             if self._stop is not None and 0 in self._agents and not self._is_stop_sent:
                 self._is_stop_sent = True
                 self._update(state="stopping", cause=f"stopping: asked by {self._stop}")
-                with contextlib.suppress(OSError):
-                    self._agents[0].send({"stop": self._stop})
+                for agent in self._agents.values():
+                    self._send_stop(agent)
             if self._end is not None and not host.is_alive():
                 return None
             if host.is_alive() or self._new:
@@ -284,6 +284,8 @@ class Driver:
             self._agents[message["hello"]] = agent
             if self._store is not None and message["hello"] != 0:
                 agent.send({"store": self._store})
+            if self._is_stop_sent:
+                self._send_stop(agent)
         elif "store" in message:
             self._store = list(message["store"])
             for node, follower in self._agents.items():
@@ -301,6 +303,10 @@ class Driver:
             self._update(**changes)
         elif "end" in message and (self._end is None or key == 0):
             self._end = message["end"]
+
+    def _send_stop(self, agent: Connection) -> None:
+        with contextlib.suppress(OSError):
+            agent.send({"stop": self._stop})
 
     def _accept(self, listener: Listener) -> None:
         while True:

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 if TYPE_CHECKING:
-    from dtrain.doctor import Finding
+    from dtrain.finding import Finding
 
 STYLES = {"ok": "green", "warning": "yellow", "problem": "bold red"}
 

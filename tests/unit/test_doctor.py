@@ -8,7 +8,7 @@ import pytest
 
 from dtrain import cli, doctor
 from dtrain.doctor import host, packages
-from dtrain.doctor.finding import Finding
+from dtrain.finding import Finding
 from dtrain.machine import Gpu, Machine
 from dtrain.view import doctor as view
 
