@@ -13,7 +13,7 @@ class Finding:
     area: str
     """What was looked at: `packages`, `shared memory`, `all_reduce`, ..."""
     state: State
-    """A `problem` keeps this machine, or cluster, from training; with a `warning` it trains, but not everything or not well."""
+    """A `problem` keeps one from training there; with a `warning` it trains, but not everything or not well."""
     text: str
     """What was found."""
     remedy: str = ""
