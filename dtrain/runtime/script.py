@@ -12,6 +12,7 @@ rank -> agent
 
 import atexit
 import faulthandler
+import functools
 import os
 import runpy
 import signal
@@ -19,11 +20,12 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from dtrain import current
 from dtrain.messages import send
@@ -38,6 +40,8 @@ CHECKPOINT_DIR = "{checkpoint_dir}"
 """Stands in a script's arguments for the folder where its checkpoints belong."""
 MAX_RESTARTS = "1000000"
 """What the script is told: how often it is really started again is in `retry`."""
+_kept: list[Any] = []
+"""Process groups of the script."""
 
 
 def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
@@ -133,8 +137,28 @@ def _enter(plan: ScriptPlan, variables: Mapping[str, str]) -> None:
     sys.argv = [str(script), *(str(word).replace(CHECKPOINT_DIR, folder) for word in plan.entrypoint.args)]
     os.chdir(plan.folder)
     sys.path[0] = str(script.parent)  # in place of the folder in which the zygote was started
+    _keep_process_groups()
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+
+
+def _keep_process_groups() -> None:
+    """Let no process group be freed before this process ends, whatever the script does with it.
+
+    Freeing one waits for its threads while it holds Python's lock, and such a thread may be waiting for that lock to
+    free a tensor: with gloo, one in ten scripts that end right after a collective would hang for good.
+    """
+    for name in ("init_process_group", "new_group"):
+        original = getattr(distributed_c10d, name)
+
+        @functools.wraps(original)
+        def keeping(*args: Any, _original: Callable[..., Any] = original, **kwargs: Any) -> Any:
+            made = _original(*args, **kwargs)
+            _kept.append(distributed_c10d.group.WORLD if made is None else made)
+            return made
+
+        setattr(distributed_c10d, name, keeping)
+        setattr(torch.distributed, name, keeping)
 
 
 def _run(plan: ScriptPlan) -> int:

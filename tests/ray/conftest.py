@@ -1,5 +1,6 @@
 """One embedded cluster for all tests here, with a zygote that can be told to let a worker fail at an exact step."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from dtrain import runs
 from dtrain.backends import local
+from dtrain.errors import InputError
 from dtrain.runs import Run
 
 HERE = Path(__file__).parent
@@ -57,11 +59,22 @@ class Desk:
         deadline = time.monotonic() + timeout
         while not condition(record := run.record):
             if time.monotonic() > deadline:
+                self._give_up(run)
                 story = "\n".join(map(str, run.events()))
                 logs = "\n".join(f"{p.name}:\n{p.read_text()[-2000:]}" for p in run.logs.glob("*.log"))
                 raise AssertionError(f"{run.id} is {record.state} ({record.cause})\n{story}\n{logs}")
             time.sleep(0.02)
         return record
+
+    def _give_up(self, run: Run) -> None:
+        """Let the workers write down where they are, and the next test have the cores."""
+        if run.record.ended:
+            return
+        with contextlib.suppress(AssertionError, OSError, InputError):
+            for number in range(run.plan.workers.total):
+                kill(pid_of(run, f"rank-{number}"), signal.SIGUSR2)
+        time.sleep(0.5)
+        self.dtrain("stop", run.id, "--storage", str(self.storage), "--timeout", "40", check=False)
 
     def ended(self, run: Run, timeout: float = 60) -> runs.Record:
         return self.until(run, lambda record: record.ended, timeout)

@@ -206,6 +206,33 @@ def test_what_a_script_started_ends_with_it(desk: Desk) -> None:
     until(lambda: not any(_is_alive(pid) for pid in children), 5)
 
 
+ENDS_AFTER_A_COLLECTIVE = """
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+
+def train():
+    group = dist.new_group()
+    model = DistributedDataParallel(torch.nn.Linear(4, 4), process_group=group)
+    model(torch.ones(2, 4)).sum().backward()
+    parts = [torch.zeros(()) for _ in range(2)]
+    dist.all_gather(parts, torch.ones(()), group=group)
+    dist.destroy_process_group(group)
+
+
+dist.init_process_group("gloo")
+for _ in range(150):
+    train()
+"""
+
+
+def test_a_script_may_end_right_after_a_collective(desk: Desk) -> None:
+    """Freeing a process group would now and then wait for ever; so often in a row, always."""
+    run = submit(desk, own(desk, "short.py", ENDS_AFTER_A_COLLECTIVE), detach=True)
+    assert desk.ended(run, timeout=60).state == "succeeded", log(run)
+
+
 def _is_alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
