@@ -69,6 +69,13 @@ class Storage(Protocol):
         """Delete objects; those that are gone already are no error."""
 
 
+def check_name(place: str, name: str) -> str:
+    """The name again, when it can be an object's: one that leads out of its storage must not be followed."""
+    if any(part in ("", ".", "..") for part in name.split("/")):
+        raise StorageError(f"{place}: {name!r} is no name of an object: no part of it may be empty, '.' or '..'")
+    return name
+
+
 def is_remote(place: str) -> bool:
     """Whether a `storage` setting is a URI rather than a folder."""
     return "://" in place and not place.startswith("file://")

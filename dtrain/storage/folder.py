@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeVar
 
 from dtrain.errors import StorageError
-from dtrain.storage import Conflict, Entry, NotThere, retrying
+from dtrain.storage import Conflict, Entry, NotThere, check_name, retrying
 
 T = TypeVar("T")
 LOCK = ".lock"
@@ -94,14 +94,18 @@ class Folder:
         path = self._path(name)
         making = file.with_name(f".{file.name}{WRITING}{secrets.token_hex(4)}")
 
-        def attempt() -> None:
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                file.parent.mkdir(parents=True, exist_ok=True)
+        def fill(source: BinaryIO) -> None:
             try:
-                shutil.copyfile(path, making)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                with making.open("xb") as target:
+                    shutil.copyfileobj(source, target, 1 << 20)
                 making.replace(file)
             finally:
                 making.unlink(missing_ok=True)
+
+        def attempt() -> None:
+            with path.open("rb") as source:
+                _doing(file, "written", lambda: fill(source))
 
         _doing(path, "read", attempt)
 
@@ -134,9 +138,7 @@ class Folder:
     # -- parts of the above --------------------------------------------------------------------------------------
 
     def _path(self, name: str) -> Path:
-        if any(part in ("", ".", "..") for part in name.split("/")):
-            raise StorageError(f"{self.uri}: {name!r} is no name of an object: no part of it may be empty, '.' or '..'")
-        return self._root / name
+        return self._root / check_name(self.uri, name)
 
     def _folder(self, prefix: str) -> Path:
         return self._path(prefix[:-1]) if prefix else self._root

@@ -10,15 +10,11 @@ FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
 
 
 class Again(Exception):
-    """What went wrong may go right at the next try; the cause is `__cause__`.
+    """What went wrong may go right at the next try. Nobody knows if what was asked for was done all the same."""
 
-    `is_certain` when nothing can have been changed by it: a request that was refused, and not one without an answer.
-    """
-
-    def __init__(self, reason: str, *, is_certain: bool = True) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.is_certain = is_certain
 
 
 def delays(patience_s: float, chance: Callable[[], float] = random.random) -> Iterator[float]:
@@ -34,18 +30,14 @@ def delays(patience_s: float, chance: Callable[[], float] = random.random) -> It
         delay = min(2 * delay, LONGEST_DELAY_S)
 
 
-def call(attempt: Callable[[], T], patience_s: float, retried: Callable[[Again], None] = lambda _: None) -> T:
-    """Call until it does not raise `Again`, which is raised once no try began within `patience_s`.
-
-    `retried` is told of each failure that another try follows.
-    """
+def call(attempt: Callable[[], T], patience_s: float) -> T:
+    """Call until it does not raise `Again`, or none of that helped within `patience_s`: then that is raised."""
     deadline = time.monotonic() + patience_s
     for delay_s in delays(patience_s):
         try:
             return attempt()
-        except Again as error:
+        except Again:
             if time.monotonic() + delay_s >= deadline:
                 raise
-            retried(error)
         time.sleep(delay_s)
     return attempt()

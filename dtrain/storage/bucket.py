@@ -1,0 +1,395 @@
+"""Runs in a bucket: what all stores have in common.
+
+A store (`s3`, `gs`, `abfs`: a file here each, on the fsspec package for it) makes single requests. Here they are tried
+again with growing delays while the store is unwell, large files go in several parts at once, and what a store refuses
+is said with the next move. Nothing is cached, and a forked child makes connections of its own.
+"""
+
+import contextlib
+import functools
+import importlib
+import math
+import os
+import secrets
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from dtrain.errors import InputError, StorageError
+from dtrain.storage import Conflict, Entry, NotThere, check_name, retrying
+
+T = TypeVar("T")
+STORES = {
+    "s3": ("s3", "s3fs"),
+    "s3a": ("s3", "s3fs"),
+    "gs": ("gs", "gcsfs"),
+    "gcs": ("gs", "gcsfs"),
+    "abfs": ("abfs", "adlfs"),
+    "abfss": ("abfs", "adlfs"),
+    "az": ("abfs", "adlfs"),
+}
+"""By scheme: the file here, and the package it needs."""
+EXTRAS = {"s3fs": "s3", "gcsfs": "gcs", "adlfs": "azure"}
+PATIENCE_S = 120.0
+"""How long a request is tried again while the store is unwell."""
+FIRST_PATIENCE_S = 15.0
+"""The same before it has ever answered: then more likely its address is wrong."""
+PART = 16 << 20
+"""Bytes of a part of a large file; larger only where a store takes too few parts."""
+NUM_PARALLEL = 8
+"""Requests at once that carry a part: what they hold in memory is bounded by this."""
+
+Verb = Literal["read", "written", "listed", "deleted"]
+Kind = Literal["again", "gone", "conflict", "unchanged", "denied", "no bucket", "no credentials", "other"]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a store says instead of doing what it was asked."""
+
+    kind: Kind
+    text: str
+
+
+class Store(Protocol):
+    """One bucket of one store. Each method is one request (or its pages) and raises whatever its package does."""
+
+    max_parts: int
+    """Of one upload."""
+    remedies: Mapping[Kind, str]
+    """The next move after an answer, for a person who looks after credentials."""
+    permissions: Mapping[Verb, str]
+    """What this store calls the permission."""
+
+    def answer(self, error: Exception) -> Answer:
+        """What an exception of this store's package means."""
+
+    def get(self, key: str, known: str | None = None) -> tuple[bytes, str]:
+        """An object and its version; answers "unchanged" when that is `known`."""
+
+    def facts(self, key: str) -> tuple[int, str, str]:
+        """Size, version and mark."""
+
+    def get_range(self, key: str, version: str, start: int, stop: int) -> bytes:
+        """Some bytes of that version; answers "conflict" when it has another by now."""
+
+    def put(self, key: str, data: bytes, mark: str, if_absent: bool, if_version: str | None) -> str:
+        """Put an object with a mark, a word beside it; returns its version."""
+
+    def begin(self, key: str, mark: str) -> str:
+        """Begin an upload in parts; returns what names it."""
+
+    def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
+        """Put a part, of any number from 1; returns a receipt."""
+
+    def finish(self, key: str, upload: str, mark: str, receipts: list[str]) -> None:
+        """Make an object of the parts."""
+
+    def abandon(self, key: str, upload: str, num_parts: int) -> None:
+        """Let parts go that will not become an object."""
+
+    def entries(self, prefix: str) -> list[Entry]:
+        """Every object whose key begins so."""
+
+    def folders(self, prefix: str) -> list[str]:
+        """What stands between a prefix and the next `/` in the keys that begin so."""
+
+    def delete(self, keys: list[str]) -> None:
+        """Delete objects that may be gone already."""
+
+
+def open(  # noqa: A001
+    place: str, *, patience_s: float = PATIENCE_S, first_patience_s: float = FIRST_PATIENCE_S
+) -> "Bucket":
+    """The runs below a URI. Asks nobody yet. Raises `InputError` for a URI that nobody serves."""
+    parts = urlsplit(place)
+    if parts.scheme not in STORES:
+        raise InputError(f"{place}: nobody here serves {parts.scheme}://; use a folder, s3://, gs:// or abfs://")
+    if not parts.netloc or parts.query or parts.fragment:
+        raise InputError(f"{place}: a storage is {parts.scheme}://BUCKET/FOLDER, and nothing after it")
+    name, package = STORES[parts.scheme]
+    try:
+        module = importlib.import_module(f"dtrain.storage.{name}")
+        importlib.import_module(package)
+    except ImportError as error:
+        raise InputError(
+            f"{place} needs the package {package} ({error}): pip install 'dtrain[{EXTRAS[package]}]'"
+        ) from None
+    root = parts.path.strip("/")
+    uri = f"{parts.scheme}://{parts.netloc}" + (f"/{root}" if root else "")
+    return Bucket(uri, parts.netloc, root, lambda: module.connect(parts.netloc), patience_s, first_patience_s)
+
+
+class _Connection:
+    """What one process holds of a bucket."""
+
+    def __init__(self, store: Store) -> None:
+        self.pid = os.getpid()
+        self.store = store
+        self.gate = threading.BoundedSemaphore(NUM_PARALLEL)
+        self.has_answered = False
+
+
+_INHERITED: list[_Connection] = []
+"""Connections of a parent process: to close them here would disturb it."""
+
+
+class Bucket:
+    """Runs in a bucket (`dtrain.storage.Storage`)."""
+
+    def __init__(
+        self,
+        uri: str,
+        bucket: str,
+        root: str,
+        connect: Callable[[], Store],
+        patience_s: float = PATIENCE_S,
+        first_patience_s: float = FIRST_PATIENCE_S,
+    ) -> None:
+        self._uri, self._bucket, self._root = uri, bucket, root
+        self._connect = connect
+        self._patience_s, self._first_patience_s = patience_s, first_patience_s
+        self._connection: _Connection | None = None
+
+    def __repr__(self) -> str:
+        return f"Bucket({self.uri!r})"
+
+    @property
+    def uri(self) -> str:
+        return self._uri
+
+    @property
+    def local(self) -> Path | None:
+        return None
+
+    def read(self, name: str) -> tuple[bytes, str]:
+        return self._ask("read", name, lambda store, key: store.get(key))
+
+    def read_if_changed(self, name: str, version: str | None) -> tuple[bytes, str] | None:
+        def attempt(store: Store, key: str) -> tuple[bytes, str] | None:
+            try:
+                return store.get(key, version)
+            except Exception as error:
+                if version is not None and store.answer(error).kind == "unchanged":
+                    return None
+                raise
+
+        return self._ask("read", name, attempt)
+
+    def write(self, name: str, data: bytes, *, if_absent: bool = False, if_version: str | None = None) -> str:
+        # Of a request whose answer was lost nobody knows if it was carried out: the mark says so. It is asked for even
+        # at the first try, as the network library sends some requests again of itself.
+        mark = secrets.token_hex(8)
+
+        def attempt(store: Store, key: str) -> str:
+            try:
+                return store.put(key, data, mark, if_absent, if_version)
+            except Exception as error:
+                kind = store.answer(error).kind
+                if kind != "conflict" and not (kind == "gone" and if_version is not None):
+                    raise
+                found = self._facts(store, key)
+                if found is not None and found[2] == mark:
+                    return found[1]
+                what = "is there already" if if_absent else "was written or deleted by somebody else meanwhile"
+                raise Conflict(f"{self._uri}/{name} {what}") from error
+
+        return self._ask("written", name, attempt)
+
+    def upload(self, file: Path, name: str) -> None:
+        try:
+            with file.open("rb") as source:
+                size = os.fstat(source.fileno()).st_size
+                if size <= PART:
+                    data = source.read(size)
+                    with self._here().gate:
+                        self._ask("written", name, lambda store, key: store.put(key, data, "", False, None))
+                else:
+                    self._upload_parts(source.fileno(), size, name)
+        except OSError as error:
+            raise StorageError(f"{file} cannot be read: {error.strerror or error}") from error
+
+    def download(self, name: str, file: Path) -> None:
+        making = file.with_name(f".{file.name}.writing-{secrets.token_hex(4)}")
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                for is_last in (False, True):
+                    try:
+                        self._download(name, making)
+                        break
+                    except Conflict:  # written anew meanwhile
+                        if is_last:
+                            raise
+                making.replace(file)
+            finally:
+                making.unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(f"{file} cannot be written: {error.strerror or error}") from error
+
+    def entries(self, prefix: str = "") -> list[Entry]:
+        start = len(self._key(""))
+        found = self._ask("listed", prefix, lambda store, key: store.entries(key))
+        # Some tools put an empty object in a folder's place.
+        named = [Entry(e.name[start:], e.bytes, e.version) for e in found if not e.name.endswith("/")]
+        return sorted(named, key=lambda entry: entry.name)
+
+    def folders(self, prefix: str = "") -> list[str]:
+        return sorted(self._ask("listed", prefix, lambda store, key: store.folders(key)))
+
+    def delete(self, names: Iterable[str]) -> None:
+        keys = [self._key(check_name(self._uri, name)) for name in names]
+        for at in range(0, len(keys), 1000):
+            self._ask("deleted", "", functools.partial(_delete, keys=keys[at : at + 1000]))
+
+    # -- large files ---------------------------------------------------------------------------------------------
+
+    def _upload_parts(self, descriptor: int, size: int, name: str) -> None:
+        connection, mark = self._here(), secrets.token_hex(8)
+        part = max(PART, math.ceil(size / connection.store.max_parts))
+        starts = range(0, size, part)
+        upload = self._ask("written", name, lambda store, key: store.begin(key, mark))
+        failed = threading.Event()
+
+        def put(start: int) -> str:
+            with connection.gate:
+                if failed.is_set():
+                    return ""
+                data = os.pread(descriptor, min(part, size - start), start)
+                if len(data) < min(part, size - start):
+                    raise StorageError(f"{self._uri}/{name}: the file became shorter while it was uploaded")
+                number = start // part + 1
+                try:
+                    return self._ask("written", name, lambda store, key: store.put_part(key, upload, number, data))
+                except BaseException:
+                    failed.set()
+                    raise
+
+        def finish(store: Store, key: str) -> None:
+            try:
+                store.finish(key, upload, mark, receipts)
+            except Exception as error:
+                found = self._facts(store, key) if store.answer(error).kind != "again" else None
+                if found is None or found[2] != mark:  # it is there when an answer before was lost
+                    raise
+
+        try:
+            with ThreadPoolExecutor(NUM_PARALLEL, "dtrain-upload") as pool:
+                receipts = list(pool.map(put, starts))
+            self._ask("written", name, finish)
+        except BaseException:
+            with contextlib.suppress(Exception):  # what went wrong before is what is said
+                connection.store.abandon(self._key(name), upload, len(starts))
+            raise
+
+    def _download(self, name: str, file: Path) -> None:
+        size, version, _ = self._ask("read", name, lambda store, key: store.facts(key))
+        with file.open("wb") as target:
+            descriptor = target.fileno()
+
+            def get(start: int) -> None:
+                stop = min(start + PART, size)
+                with self._here().gate:
+                    data = self._ask("read", name, lambda store, key: self._whole(store, key, version, start, stop))
+                done = 0
+                while done < len(data):
+                    done += os.pwrite(descriptor, data[done:], start + done)
+
+            starts = range(0, size, PART)
+            with ThreadPoolExecutor(min(NUM_PARALLEL, len(starts) or 1), "dtrain-download") as pool:
+                for _ in pool.map(get, starts):
+                    pass
+
+    @staticmethod
+    def _whole(store: Store, key: str, version: str, start: int, stop: int) -> bytes:
+        try:
+            data = store.get_range(key, version, start, stop)
+        except Exception as error:
+            if store.answer(error).kind == "conflict":
+                raise Conflict(f"{key} was written anew while it was read") from error
+            raise
+        if len(data) != stop - start:
+            raise retrying.Again(f"{len(data)} bytes came instead of {stop - start}")
+        return data
+
+    # -- asking --------------------------------------------------------------------------------------------------
+
+    def _here(self) -> _Connection:
+        """What this very process holds of the bucket."""
+        connection = self._connection
+        if connection is None or connection.pid != os.getpid():
+            if connection is not None:
+                _INHERITED.append(connection)
+            try:
+                connection = _Connection(self._connect())
+            except (ValueError, OSError) as error:
+                raise StorageError(f"{self._uri} cannot be used: {error}") from error
+            self._connection = connection
+        return connection
+
+    def _key(self, name: str) -> str:
+        return f"{self._root}/{name}" if self._root else name
+
+    def _ask(self, verb: Verb, name: str, request: Callable[[Store, str], T]) -> T:
+        """What a request answers, tried again while that may help; all it may raise instead is an error of ours."""
+        if not (verb == "listed" and not name) and verb != "deleted":
+            check_name(self._uri, name.removesuffix("/") if verb == "listed" else name)
+        connection, key = self._here(), self._key(name)
+        where = f"{self._uri}/{name}" if name else self._uri
+
+        def attempt() -> T:
+            try:
+                result = request(connection.store, key)
+            except (StorageError, retrying.Again):
+                raise
+            except Exception as error:
+                answer = connection.store.answer(error)
+                if answer.kind == "again":
+                    raise retrying.Again(answer.text) from error
+                connection.has_answered = True
+                raise self._said(answer, verb, where) from error
+            connection.has_answered = True
+            return result
+
+        patience_s = self._patience_s if connection.has_answered else min(self._first_patience_s, self._patience_s)
+        try:
+            return retrying.call(attempt, patience_s)
+        except retrying.Again as error:
+            move = "" if connection.has_answered else f"; {connection.store.remedies['again']}"
+            raise StorageError(
+                f"{where} cannot be {verb}: the store did not do it within {patience_s:.0f} s ({error.reason}){move}"
+            ) from error
+
+    def _facts(self, store: Store, key: str) -> tuple[int, str, str] | None:
+        """Size, version and mark of an object that may not be there."""
+        try:
+            return store.facts(key)
+        except Exception as error:
+            if store.answer(error).kind == "gone":
+                return None
+            raise
+
+    def _said(self, answer: Answer, verb: Verb, where: str) -> StorageError:
+        assert self._connection is not None
+        store = self._connection.store
+        if answer.kind == "gone":
+            return NotThere(f"{where} does not exist")
+        if answer.kind == "denied":
+            permission = store.permissions[verb]
+            reason = f"bucket {self._bucket} refuses ({answer.text}); these credentials need {permission} there"
+        elif answer.kind == "no bucket":
+            reason = f"there is no bucket {self._bucket} ({answer.text})"
+        elif answer.kind == "no credentials":
+            reason = f"there are no credentials that bucket {self._bucket} takes ({answer.text})"
+        else:
+            reason = answer.text
+        move = store.remedies.get(answer.kind)
+        return StorageError(f"{where} cannot be {verb}: {reason}" + (f"; {move}" if move else ""))
+
+
+def _delete(store: Store, _: str, keys: list[str]) -> None:
+    store.delete(keys)
