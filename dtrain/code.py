@@ -210,6 +210,7 @@ def place_of(error: BaseException, default: str) -> str:
 
 def is_users(filename: str) -> bool:
     """Whether a line of a traceback is in a user's own code."""
-    own = str(Path(__file__).resolve().parent)
-    library = str(Path(traceback.__file__).resolve().parent)
-    return not (filename.startswith((own, library, "<frozen ")) or "/site-packages/" in filename)
+    own = f"{Path(__file__).resolve().parent}/"
+    library = f"{Path(traceback.__file__).resolve().parent}/"
+    installed = ("/site-packages/", "/dist-packages/")
+    return not (filename.startswith((own, library, "<frozen ")) or any(folder in filename for folder in installed))
