@@ -76,23 +76,10 @@ def join(path: Path, parts: Sequence[tuple[Path, Sums]]) -> Sums:
     sums: Sums = {}
     for number, (part, held) in enumerate(parts, start=1):
         other = _read_index(part)
-        for name, tensor in other.state_dict_metadata.items():
-            found = index.state_dict_metadata.get(name)
-            if isinstance(found, TensorStorageMetadata) and isinstance(tensor, TensorStorageMetadata):
-                found.chunks.extend(tensor.chunks)
-            else:
-                index.state_dict_metadata[name] = tensor
-        renamed = {}
-        for old in {info.relative_path for info in other.storage_data.values()}:
-            renamed[old] = f"__{number}_{old.rpartition('_')[2]}"
-            (part / old).replace(path / renamed[old])
-            sums[renamed[old]] = held[old]
-        index.storage_data.update(
-            {
-                at: dataclasses.replace(info, relative_path=renamed[info.relative_path])
-                for at, info in other.storage_data.items()
-            }
-        )
+        for old in file_names(other):
+            (part / old).replace(path / name_in_whole(old, number))
+            sums[name_in_whole(old, number)] = held[old]
+        _add(index, other, number)
     _check_whole(index)
     if parts:
         with open(path / INDEX, "wb") as file:
@@ -104,6 +91,29 @@ def join(path: Path, parts: Sequence[tuple[Path, Sums]]) -> Sums:
                 left.unlink()
             part.rmdir()
     return sums
+
+
+def joined_index(parts: Sequence[Path]) -> bytes:
+    """One index for the files of all `parts`, of which only the indexes need to be there, under their names as a whole.
+
+    Raises `StorageError` as `join` does.
+    """
+    index = _read_index(parts[0])
+    for number, part in enumerate(parts[1:], start=1):
+        _add(index, _read_index(part), number)
+    _check_whole(index)
+    return pickle.dumps(index)
+
+
+def file_names(index: Metadata | Path) -> list[str]:
+    """The files that hold numbers, by an index or the folder it lies in."""
+    held = _read_index(index) if isinstance(index, Path) else index
+    return sorted({info.relative_path for info in held.storage_data.values()})
+
+
+def name_in_whole(name: str, number: int) -> str:
+    """What a file of part `number` is called in the whole."""
+    return f"__{number}_{name.rpartition('_')[2]}" if number else name
 
 
 def load(path: Path, pieces: Sequence[Piece]) -> None:
@@ -198,6 +208,22 @@ def _write_item(index: MetadataIndex, piece: Piece) -> WriteItem:
 
 def _read_index(path: Path) -> Metadata:
     return FileSystemReader(path).read_metadata()
+
+
+def _add(index: Metadata, other: Metadata, number: int) -> None:
+    """Let an index speak of part `number` too."""
+    for name, tensor in other.state_dict_metadata.items():
+        found = index.state_dict_metadata.get(name)
+        if isinstance(found, TensorStorageMetadata) and isinstance(tensor, TensorStorageMetadata):
+            found.chunks.extend(tensor.chunks)
+        else:
+            index.state_dict_metadata[name] = tensor
+    index.storage_data.update(
+        {
+            at: dataclasses.replace(info, relative_path=name_in_whole(info.relative_path, number))
+            for at, info in other.storage_data.items()
+        }
+    )
 
 
 def _check_whole(index: Metadata) -> None:
