@@ -1,13 +1,12 @@
 """Which versions are installed, and whether they fit what dtrain declares and each other. Imports none of them."""
 
 import importlib.metadata
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 
 from dtrain.finding import Finding, State
+from dtrain.handshake import torch_cuda
 
 OLDEST_PYTHON = (3, 11)
 INSTALL = "run: pip install 'dtrain[train]'"
@@ -15,7 +14,6 @@ NEEDED = ("", "train")
 """Extras without which this machine cannot train (the empty one is dtrain itself)."""
 OPTIONAL = {"deepspeed": "strategy deepspeed", "kubernetes": "clusters on Kubernetes"}
 """What the other extras are for."""
-CUDA_LINE = re.compile(r"^cuda\b[^=]*=\s*'([^']+)'", re.MULTILINE)
 
 
 def installed() -> dict[str, str]:
@@ -36,18 +34,6 @@ def requirements() -> dict[str, list[str]]:
         if name:
             found.setdefault(normal(name), distribution.requires or [])
     return found
-
-
-def torch_cuda() -> str | None:
-    """The CUDA version torch was built for; None for a CPU build, or no torch."""
-    found = importlib.util.find_spec("torch")
-    if found is None or not found.origin:
-        return None
-    try:
-        match = CUDA_LINE.search((Path(found.origin).parent / "version.py").read_text())
-    except OSError:
-        return None
-    return match[1] if match else None
 
 
 def check(

@@ -253,6 +253,6 @@ def test_a_package_that_only_the_client_has_installed_is_named(tmp_path: Path, m
 
 
 def test_nothing_heavy_is_imported() -> None:
-    words = "import sys, dtrain.bundle; print({'torch', 'ray', 'fsspec'} & set(sys.modules))"
+    words = "import sys, dtrain.bundle, dtrain.handshake; print({'torch', 'ray', 'fsspec'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60)
     assert done.stdout == "set()\n", done.stderr
