@@ -10,6 +10,7 @@ import helm_python as helm
 import yaml
 
 CHART = Path(__file__).parents[2] / "helm" / "dtrain"
+JOBS = Path(__file__).parents[2] / "jobs"
 RUNS = "dtrain-runs"
 Object = dict[str, Any]
 Values = dict[str, Any]
@@ -119,20 +120,25 @@ def texts(values: Values, *, name: str = "dtrain", namespace: str = "dtrain") ->
     return _texts(json.dumps(values), name, namespace)
 
 
-def objects(values: Values, **release: str) -> list[Object]:
-    """Every object of an installation, those of `helm test` too, in the order of the templates."""
-    return [
+@functools.cache
+def _objects(values: str, name: str, namespace: str) -> tuple[Object, ...]:
+    return tuple(
         one
-        for template, text in texts(values, **release).items()
+        for template, text in _texts(values, name, namespace).items()
         if not template.endswith("NOTES.txt")
         for one in yaml.safe_load_all(text)
         if one is not None
-    ]
+    )
 
 
-def notes(values: Values, **release: str) -> str:
+def objects(values: Values, *, name: str = "dtrain", namespace: str = "dtrain") -> list[Object]:
+    """Every object of an installation, those of `helm test` too, in the order of the templates. Not to be changed."""
+    return list(_objects(json.dumps(values), name, namespace))
+
+
+def notes(values: Values) -> str:
     """What is printed after an installation."""
-    return next(text for template, text in texts(values, **release).items() if template.endswith("NOTES.txt"))
+    return next(text for template, text in texts(values).items() if template.endswith("NOTES.txt"))
 
 
 def of_kind(all_objects: list[Object], *kinds: str) -> list[Object]:
@@ -158,3 +164,41 @@ def pod_specs(all_objects: list[Object]) -> Iterator[tuple[str, Object, Object]]
         elif "template" in one.get("spec", {}):
             template = one["spec"]["template"]
             yield where, template["metadata"] | {"namespace": one["metadata"]["namespace"]}, template["spec"]
+
+
+def cluster_file(values: Values, folder: Path, namespace: str | None = None) -> Path:
+    """The cluster file that users get of an installation, in its first run namespace or another."""
+    made = of_kind(objects(values), "ConfigMap")
+    made = [one for one in made if one["metadata"]["name"] == "dtrain-cluster"]
+    text = next(one["data"]["cluster.yaml"] for one in made if namespace in (None, one["metadata"]["namespace"]))
+    path = folder / "cluster.yaml"
+    path.write_text(text)
+    return path
+
+
+def run_objects(cluster: Path, run_id: str = "gpt_small-k3f9", backend: Values | None = None) -> list[Object]:
+    """What dtrain itself would send for a run with this cluster file, other options of its backend laid over."""
+    from dtrain.backends import kuberay
+    from dtrain.plan import make_plan
+    from dtrain.spec import load
+
+    if backend:
+        spec = yaml.safe_load(cluster.read_text())
+        cluster.write_text(yaml.safe_dump(spec | {"backend": spec["backend"] | backend}))
+    plan = make_plan(load.load_job(JOBS / "gpt_small.yaml"), load.load_cluster(cluster))
+    return list(kuberay.render(plan, run_id).objects)
+
+
+def pods_of_run(run: list[Object]) -> dict[str, Object]:
+    """Head and worker of a run: their labels and specs, with the labels that the operator adds."""
+    spec = run[0]["spec"]["rayClusterSpec"]
+    templates = {"head": spec["headGroupSpec"], "worker": spec["workerGroupSpecs"][0]}
+    added = {"ray.io/is-ray-node": "yes", "ray.io/cluster": f"{run[0]['metadata']['name']}-x7k2p"}
+    return {
+        kind: {
+            "namespace": run[0]["metadata"]["namespace"],
+            "labels": group["template"]["metadata"]["labels"] | added | {"ray.io/node-type": kind},
+            "spec": group["template"]["spec"],
+        }
+        for kind, group in templates.items()
+    }
