@@ -19,12 +19,14 @@ And where the cluster knows more of a run than its folder does (`local` has none
 Backends and the runtime share the plan and one entry-point string, nothing else.
 """
 
-from typing import Literal
-
 from dtrain.component import Options
+from dtrain.sight import Phase as Phase
+from dtrain.sight import Sight as Sight
 
 DRIVER = "dtrain.runtime"
 """The module a backend starts on the cluster, with the run folder as its argument."""
+REMOTE_DRIVER = "dtrain.runtime.remote"
+"""The same where the driver runs on another machine: `--storage URI_OR_FOLDER --run ID`."""
 
 
 class Submission(Options):
@@ -40,18 +42,3 @@ class Submission(Options):
     def text(self) -> str:
         """What `--dry-run` prints."""
         return self.model_dump_json(indent=2)
-
-
-Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended"]
-
-
-class Sight(Options):
-    """What a cluster sees of a run at this moment."""
-
-    phase: Phase
-    why: str = ""
-    """One sentence: what it waits for, or why it ended."""
-    is_over: bool = False
-    """Nothing of it runs on the cluster any more, and nothing will without another submit."""
-    succeeded: bool | None = None
-    """Once it is over, where the cluster knows."""

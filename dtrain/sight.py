@@ -1,0 +1,19 @@
+"""What a cluster sees of a run, where it knows more than the run's folder does."""
+
+from typing import Literal
+
+from dtrain.component import Options
+
+Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended"]
+
+
+class Sight(Options):
+    """What a cluster sees of a run at this moment."""
+
+    phase: Phase
+    why: str = ""
+    """One sentence: what it waits for, or why it ended."""
+    is_over: bool = False
+    """Nothing of it runs on the cluster any more, and nothing will without another submit."""
+    succeeded: bool | None = None
+    """Once it is over, where the cluster knows."""
