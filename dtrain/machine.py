@@ -1,9 +1,14 @@
-"""What this machine has to compute with, found without torch or ray."""
+"""What a machine has to compute with: this one, found without torch or ray, or one that a cluster file describes."""
 
 import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field, PositiveInt, model_validator
+
+from dtrain.component import Options
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,39 @@ class Machine:
     gpus: tuple[Gpu, ...] = ()
     cores_compute_bf16: bool = False
     """Whether the processor has bf16 dot products; without them bf16 is emulated, many times slower than fp32."""
+
+
+class MachineSpec(Options):
+    """What each node of a cluster has for a run; planning reads it here and never looks at the machine it runs on."""
+
+    cores: Annotated[PositiveInt, Field(le=4096)]
+    """Cores that a run may have on each node: all of them, less what the system and its own pods take."""
+    memory_gib: Annotated[float, Field(gt=0, le=100_000)]
+    """Main memory that a run may have on each node, in GiB."""
+    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    """GPUs of each node."""
+    gpu: str = Field(default="", max_length=100)
+    """What GPUs they are, for people to read."""
+    gpu_memory_gib: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    """Memory of one GPU in GiB; to be given where there are GPUs."""
+    bf16: bool | None = None
+    """Whether what computes there does so in bf16; GPUs do and cores do not unless told otherwise."""
+
+    @model_validator(mode="after")
+    def _gpus_have_memory(self) -> "MachineSpec":
+        if self.gpus and self.gpu_memory_gib is None:
+            raise ValueError(f"{self.gpus} GPUs, and gpu_memory_gib does not say how much memory one of them has")
+        return self
+
+    def machine(self) -> Machine:
+        """The same, as planning takes it."""
+        gpu = Gpu(self.gpu or "GPU", self.gpu_memory_gib or 0.0, computes_bf16=self.bf16 is not False)
+        return Machine(
+            num_cores=self.cores,
+            memory_gib=self.memory_gib,
+            gpus=(gpu,) * self.gpus,
+            cores_compute_bf16=self.bf16 is True and not self.gpus,
+        )
 
 
 def probe() -> Machine:

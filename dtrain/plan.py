@@ -16,6 +16,7 @@ from dtrain.errors import InputError
 from dtrain.machine import Machine, probe
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import (
+    Batch,
     Checkpoint,
     Entrypoint,
     Evaluate,
@@ -27,6 +28,7 @@ from dtrain.spec.job import (
     ScriptSpec,
     Train,
 )
+from dtrain.storage import is_remote
 
 if TYPE_CHECKING:
     from dtrain.component import Named as Backend
@@ -107,7 +109,7 @@ class AnyPlan(Options):
     cluster: str
     backend: Backend
     storage: str
-    """Absolute folder that holds the runs."""
+    """Absolute folder that holds the runs, or the URI of one in a bucket."""
     retry: Retry
     workers: Workers
     code: dict[str, str] = Field(default={})
@@ -177,16 +179,17 @@ def make_plan(
 ) -> Plan | ScriptPlan:
     """Decide everything a run needs.
 
-    `machine` is what one node of the cluster has; probed here when left out and the cluster leaves it open. Relative
-    paths in the job start at `folder`, its file's own; where the command is given when left out.
+    What one node has is what the cluster file says, else `machine`, else what is found here. Relative paths in the
+    job start at `folder`, its file's own; where the command is given when left out.
     Raises `InputError` for what cannot work, naming the key and the nearest value that does.
     """
-    machine, folder = machine or probe(), folder or Path.cwd()
+    machine, folder = cluster.machine or machine or probe(), folder or Path.cwd()
     if isinstance(job, ScriptSpec):
         return _script_plan(job, cluster, machine, folder)
     notes: list[str] = []
     warnings: list[str] = []
-    workers = _workers(job.batch.global_size, _sharing(job), cluster, machine, notes, warnings)
+    workers = _workers(job.batch, _sharing(job), cluster, machine, notes, warnings)
+    _check_precision(job, cluster, workers)
     source, network = component.load("data", job.data.name), component.load("models", job.model.name)
     data, model = _resolved(source, job.data, folder), _resolved(network, job.model, folder)
     shape = source.describe(data)
@@ -199,7 +202,7 @@ def make_plan(
         name=job.name,
         cluster=cluster.name,
         backend=cluster.backend,
-        storage=os.path.abspath(os.path.expanduser(cluster.storage)),
+        storage=storage_of(cluster.storage),
         code=_hashes([*_own_code(network, model), *_own_code(source, data)]),
         model=model,
         data=data,
@@ -235,7 +238,7 @@ def _script_plan(job: ScriptSpec, cluster: ClusterSpec, machine: Machine, folder
         name=job.name,
         cluster=cluster.name,
         backend=cluster.backend,
-        storage=os.path.abspath(os.path.expanduser(cluster.storage)),
+        storage=storage_of(cluster.storage),
         retry=job.retry,
         workers=workers,
         code=_hashes([script]),
@@ -244,6 +247,11 @@ def _script_plan(job: ScriptSpec, cluster: ClusterSpec, machine: Machine, folder
         entrypoint=job.entrypoint.model_copy(update={"script": str(script)}),
         folder=str(Path.cwd()),
     )
+
+
+def storage_of(place: str) -> str:
+    """Where a cluster file's `storage` is: an absolute folder, or the URI as it is."""
+    return place.rstrip("/") if is_remote(place) else os.path.abspath(os.path.expanduser(place))
 
 
 def _resolved(module: Any, options: Any, folder: Path) -> Any:
@@ -261,18 +269,19 @@ def _hashes(files: list[Path]) -> dict[str, str]:
 
 
 def _workers(
-    global_size: int | None,
+    batch: Batch | None,
     sharing: int,
     cluster: ClusterSpec,
     machine: Machine,
     notes: list[str],
     warnings: list[str],
 ) -> Workers:
-    has_gpus = bool(machine.gpus)
-    if cluster.device == "gpu" and not has_gpus and cluster.workers_per_node == "auto":
-        raise InputError(
-            f"cluster {cluster.name!r} asks for GPUs and this machine has none; set device: cpu, or workers_per_node"
-        )
+    has_gpus, described = bool(machine.gpus), cluster.machine is not None
+    if cluster.device == "gpu" and not has_gpus and (described or cluster.workers_per_node == "auto"):
+        lacking = "its machines have none; set device: cpu, or name another cluster with --cluster"
+        if not described:
+            lacking = "this machine has none; set device: cpu, or workers_per_node"
+        raise InputError(f"cluster {cluster.name!r} asks for GPUs and {lacking}")
     on_gpu = cluster.device == "gpu" or (cluster.device == "auto" and has_gpus)
     if cluster.device == "auto":
         found = f"{len(machine.gpus)} x {machine.gpus[0].name}" if has_gpus else "no GPU"
@@ -281,14 +290,17 @@ def _workers(
     per_node = cluster.workers_per_node
     if per_node == "auto":
         per_node = available
-        if global_size is not None:
-            per_node = _largest_that_divides(global_size, cluster.nodes, available, sharing)
+        if batch is not None:
+            per_node = _largest_that_divides(batch, cluster.nodes, available, sharing)
         what = "GPUs" if on_gpu else "cores"
-        reason = "" if per_node == available else f", the most that divide batch.global {global_size}"
+        reason = ""
+        if batch is not None and per_node != available:
+            reason = f", the most that divide batch.global {batch.global_size}"
         notes.append(f"workers_per_node: {per_node} ({available} {what}{reason})")
     elif per_node > available and on_gpu and has_gpus:
         raise InputError(
-            f"workers_per_node {per_node} is more than the {available} GPUs of this machine;"
+            f"workers_per_node {per_node} is more than the {available} GPUs of"
+            f" {f'a machine of cluster {cluster.name!r}' if described else 'this machine'};"
             f" one worker needs one GPU: at most {available}"
         )
     elif per_node > available and not on_gpu:
@@ -306,10 +318,11 @@ def _workers(
     )
 
 
-def _largest_that_divides(global_size: int, num_nodes: int, available: int, sharing: int) -> int:
+def _largest_that_divides(batch: Batch, num_nodes: int, available: int, sharing: int) -> int:
     """Workers of a node, in whole groups that share samples, so many that the readers divide the batch; else 1."""
     groups = range(available // sharing, 0, -1)
-    return next((n * sharing for n in groups if global_size % (n * num_nodes) == 0), 1)
+    step = num_nodes * (batch.micro or 1)
+    return next((n * sharing for n in groups if batch.global_size % (n * step) == 0), 1)
 
 
 def _memory_per_worker(machine: Machine, workers: Workers) -> float:
@@ -376,6 +389,16 @@ def _loading(loading: Loading, workers: Workers, is_cheap: bool, notes: list[str
     cores = f"{workers.threads} core{'' if workers.threads == 1 else 's'} a worker, {MAX_LOADERS} at most"
     notes.append(f"train.loading.workers: {num} ({'these batches are cheap to read' if is_cheap else cores})")
     return loading.model_copy(update={"workers": num})
+
+
+def _check_precision(job: JobSpec, cluster: ClusterSpec, workers: Workers) -> None:
+    """Raises `InputError` for a number format that the GPUs of the cluster file do not compute in."""
+    gpus = cluster.machine.gpus if cluster.machine is not None else ()
+    if job.train.precision == "bf16" and workers.device == "cuda" and not all(gpu.computes_bf16 for gpu in gpus):
+        raise InputError(
+            f"train.precision bf16: the GPUs of cluster {cluster.name!r} ({gpus[0].name}) do not compute in it;"
+            " write fp16, or auto"
+        )
 
 
 def _schedule(job: JobSpec, notes: list[str]) -> Schedule:

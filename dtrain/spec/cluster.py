@@ -1,11 +1,12 @@
 """Where it is to run: the words of a cluster file, their types and their help. Depends on the file alone."""
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, ValidationInfo, field_validator
 
 from dtrain import component
 from dtrain.component import Options
+from dtrain.machine import Machine
 from dtrain.spec.job import Name
 
 if TYPE_CHECKING:
@@ -32,4 +33,20 @@ class ClusterSpec(Options):
     memory_per_worker_gib: Annotated[float, Field(gt=0, le=100_000)] | None = None
     """Memory one worker may fill (GPU memory on GPUs); read from the machine when left out."""
     storage: str = Field(default="runs", min_length=1, max_length=1024)
-    """Folder that holds the runs; a relative path starts where the command is given."""
+    """Folder that holds the runs; a relative path starts where the command is given. Or a bucket: `s3://bucket/runs`,
+    `gs://...`, `abfs://...`."""
+
+    @field_validator("storage")
+    @classmethod
+    def _is_seen(cls, storage: str, info: ValidationInfo) -> str:
+        """A backend whose machines see other folders than this one says which storage they can use."""
+        backend: Any = info.data.get("backend")
+        if hasattr(backend, "check_storage"):
+            backend.check_storage(storage)
+        return storage
+
+    @property
+    def machine(self) -> Machine | None:
+        """What each node has, where the file says so; None for the machine at hand."""
+        described = getattr(self.backend, "machine", None)
+        return described.machine() if described is not None else None

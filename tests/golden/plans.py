@@ -48,3 +48,6 @@ if __name__ == "__main__":
         stale.unlink()
     for job, machine in cases():
         golden(job, machine).write_text(text(job, machine))
+    import rendered  # beside this file
+
+    rendered.write()
