@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from dtrain.finding import Finding
     from dtrain.plan import AnyPlan
 
-REMOTE = "dtrain.runtime.remote"
-"""The module that a pod starts: it finds plan and code in the run's storage."""
 Say = Callable[[str], None]
 
 
@@ -50,7 +48,7 @@ def render(plan: "AnyPlan", run_path: Path | str) -> Submission:
 
     options: Any = plan.backend
     run_id = Path(run_path).name
-    entrypoint = ("python", "-m", REMOTE, "--storage", plan.storage, "--run", run_id)
+    entrypoint = ("python", "-m", backends.REMOTE_DRIVER, "--storage", plan.storage, "--run", run_id)
     return Submission(
         backend="kuberay",
         entrypoint=entrypoint,

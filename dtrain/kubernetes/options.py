@@ -12,7 +12,7 @@ from dtrain.storage import is_remote
 ObjectName = Annotated[
     str,
     Field(pattern=r"^[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?$"),
-    Says("a name as Kubernetes has them: a-z, 0-9, - and ., beginning and ending with a letter or digit"),
+    Says("a name of a-z, 0-9, - and ., as Kubernetes has them"),
 ]
 ClusterName = Annotated[
     str,
@@ -295,6 +295,15 @@ class KubeRay(component.Options):
                 f" give at most {shm / 4:g}"
             )
         return self
+
+    def check_nodes(self, nodes: int) -> None:
+        """Raises `ValueError` for more nodes than a run can get."""
+        if self.standing is None:
+            return
+        most = self.autoscaling.max_nodes if self.autoscaling is not None else self.standing.nodes
+        if nodes > most:
+            key = "autoscaling.max_nodes" if self.autoscaling is not None else "standing.nodes"
+            raise ValueError(f"{nodes} is more than the {most} of backend.{key}: a run would wait for ever")
 
     def check_storage(self, storage: str) -> None:
         """Raises `ValueError` for a folder that pods do not see."""

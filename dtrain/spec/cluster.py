@@ -36,14 +36,14 @@ class ClusterSpec(Options):
     """Folder that holds the runs; a relative path starts where the command is given. Or a bucket: `s3://bucket/runs`,
     `gs://...`, `abfs://...`."""
 
-    @field_validator("storage")
+    @field_validator("nodes", "storage")
     @classmethod
-    def _is_seen(cls, storage: str, info: ValidationInfo) -> str:
-        """A backend whose machines see other folders than this one says which storage they can use."""
-        backend: Any = info.data.get("backend")
-        if hasattr(backend, "check_storage"):
-            backend.check_storage(storage)
-        return storage
+    def _suits_the_backend(cls, value: Any, info: ValidationInfo) -> Any:
+        """A backend may say what it cannot do: storage that its machines do not see, more nodes than it has."""
+        backend, check = info.data.get("backend"), f"check_{info.field_name}"
+        if hasattr(backend, check):
+            getattr(backend, check)(value)
+        return value
 
     @property
     def machine(self) -> Machine | None:

@@ -412,6 +412,8 @@ def test_two_renders_are_the_same_bytes_and_open_nothing():
         ({"standing": {"name": "Shared"}}, "beginning with a letter"),
         ({"network": {"resources": {"rdma/ib": "one"}}}, "text such as 5120Mi"),
         ({"ray_version": "latest"}, "backend.ray_version"),
+        ({"standing": {"name": "s"}}, "nodes: 2 is more than the 1 of backend.standing.nodes"),
+        ({"standing": {"name": "s"}, "autoscaling": {"max_nodes": 1}}, "the 1 of backend.autoscaling.max_nodes"),
         ({"worker": {"node_selector": {"spot": True}}}, "put it in quotes"),
         ({"pending_deadline": 60}, "did you mean 'pending_deadline_s'"),
     ],
