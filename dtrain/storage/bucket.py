@@ -103,7 +103,11 @@ class Store(Protocol):
 
 
 def open(  # noqa: A001
-    place: str, *, patience_s: float = PATIENCE_S, first_patience_s: float = FIRST_PATIENCE_S
+    place: str,
+    *,
+    patience_s: float = PATIENCE_S,
+    first_patience_s: float = FIRST_PATIENCE_S,
+    part_bytes: int = PART,
 ) -> "Bucket":
     """The runs below a URI. Asks nobody yet. Raises `InputError` for a URI that nobody serves."""
     parts = urlsplit(place)
@@ -121,7 +125,9 @@ def open(  # noqa: A001
         ) from None
     root = parts.path.strip("/")
     uri = f"{parts.scheme}://{parts.netloc}" + (f"/{root}" if root else "")
-    return Bucket(uri, parts.netloc, root, lambda: module.connect(parts.netloc), patience_s, first_patience_s)
+    return Bucket(
+        uri, parts.netloc, root, lambda: module.connect(parts.netloc), patience_s, first_patience_s, part_bytes
+    )
 
 
 class _Connection:
@@ -147,12 +153,14 @@ class Bucket:
         bucket: str,
         root: str,
         connect: Callable[[], Store],
-        patience_s: float = PATIENCE_S,
-        first_patience_s: float = FIRST_PATIENCE_S,
+        patience_s: float,
+        first_patience_s: float,
+        part_bytes: int,
     ) -> None:
         self._uri, self._bucket, self._root = uri, bucket, root
         self._connect = connect
         self._patience_s, self._first_patience_s = patience_s, first_patience_s
+        self._part_bytes = part_bytes
         self._connection: _Connection | None = None
 
     def __repr__(self) -> str:
@@ -204,7 +212,7 @@ class Bucket:
         try:
             with file.open("rb") as source:
                 size = os.fstat(source.fileno()).st_size
-                if size <= PART:
+                if size <= self._part_bytes:
                     data = source.read(size)
                     with self._here().gate:
                         self._ask("written", name, lambda store, key: store.put(key, data, "", False, None))
@@ -250,7 +258,7 @@ class Bucket:
 
     def _upload_parts(self, descriptor: int, size: int, name: str) -> None:
         connection, mark = self._here(), secrets.token_hex(8)
-        part = max(PART, math.ceil(size / connection.store.max_parts))
+        part = max(self._part_bytes, math.ceil(size / connection.store.max_parts))
         starts = range(0, size, part)
         upload = self._ask("written", name, lambda store, key: store.begin(key, mark))
         failed = threading.Event()
@@ -292,14 +300,14 @@ class Bucket:
             descriptor = target.fileno()
 
             def get(start: int) -> None:
-                stop = min(start + PART, size)
+                stop = min(start + self._part_bytes, size)
                 with self._here().gate:
                     data = self._ask("read", name, lambda store, key: self._whole(store, key, version, start, stop))
                 done = 0
                 while done < len(data):
                     done += os.pwrite(descriptor, data[done:], start + done)
 
-            starts = range(0, size, PART)
+            starts = range(0, size, self._part_bytes)
             with ThreadPoolExecutor(min(NUM_PARALLEL, len(starts) or 1), "dtrain-download") as pool:
                 for _ in pool.map(get, starts):
                     pass
@@ -361,7 +369,7 @@ class Bucket:
         except retrying.Again as error:
             move = "" if connection.has_answered else f"; {connection.store.remedies['again']}"
             raise StorageError(
-                f"{where} cannot be {verb}: the store did not do it within {patience_s:.0f} s ({error.reason}){move}"
+                f"{where} cannot be {verb}: the store did not do it within {patience_s:g} s ({error.reason}){move}"
             ) from error
 
     def _facts(self, store: Store, key: str) -> tuple[int, str, str] | None:

@@ -84,11 +84,17 @@ class Folder:
         return self._replace(self._path(name), fill, condition)
 
     def upload(self, file: Path, name: str) -> None:
-        def fill(target: BinaryIO) -> None:
-            with file.open("rb") as source:
-                shutil.copyfileobj(source, target, 1 << 20)
+        try:
+            source = file.open("rb")
+        except OSError as error:
+            raise StorageError(f"{file} cannot be read: {error.strerror or error}") from error
 
-        self._replace(self._path(name), fill)
+        def fill(target: BinaryIO) -> None:
+            source.seek(0)
+            shutil.copyfileobj(source, target, 1 << 20)
+
+        with source:
+            self._replace(self._path(name), fill)
 
     def download(self, name: str, file: Path) -> None:
         path = self._path(name)

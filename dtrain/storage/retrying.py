@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
-FIRST_DELAY_S, LONGEST_DELAY_S = 0.2, 10.0
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.1, 10.0
 
 
 class Again(Exception):

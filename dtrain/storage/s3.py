@@ -162,14 +162,15 @@ def _by_code(status: int, code: str, text: str) -> Answer:
 def _without_answer(error: Exception) -> Answer:
     import aiohttp
     from botocore import exceptions as boto
+    from botocore.parsers import ResponseParserError
 
     text = f"{type(error).__name__}: {error}"
     missing = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
     profile = (boto.ProfileNotFound, boto.SSOError, boto.UnauthorizedSSOTokenError, boto.TokenRetrievalError)
     if isinstance(error, (*missing, *profile)):
         return Answer("no credentials", str(error))
-    cut = (boto.HTTPClientError, boto.IncompleteReadError, aiohttp.ClientError, ConnectionError)
-    spoiled = (boto.ResponseParserError, boto.FlexibleChecksumError, boto.ResponseStreamingError)
+    cut = (boto.HTTPClientError, boto.ConnectionError, boto.IncompleteReadError, aiohttp.ClientError, ConnectionError)
+    spoiled = (ResponseParserError, boto.FlexibleChecksumError, boto.ResponseStreamingError)
     if isinstance(error, (*cut, *spoiled, TimeoutError, asyncio.TimeoutError)):
         return Answer("again", text)
     return Answer("other", text)

@@ -16,13 +16,17 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
-from dtrain.storage import bucket
+from dtrain.storage import Storage, at, bucket
 
+PART = 5 << 20
+"""The least that the protocol takes as a part of a larger file."""
+SOMEBODY = "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
 
 
@@ -32,6 +36,13 @@ class Status:
 
     status: int
     code: str
+
+
+@dataclass(frozen=True)
+class Body:
+    """Answer that it was done, in these words, instead of asking the server."""
+
+    text: str
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Meanwhile:
     what: Callable[[], Any]
 
 
-Fault = Status | CutRequest | LoseAnswer | CutAnswer | Meanwhile
+Fault = Status | Body | CutRequest | LoseAnswer | CutAnswer | Meanwhile
 
 
 class Server:
@@ -69,6 +80,8 @@ class Server:
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.bucket = next(BUCKETS)
+        self.ignores_conditions = False
+        """As some stores do: what a conditional header says is not looked at."""
         self._faults: list[list[Any]] = []
         self._lock = threading.Lock()
         self._proxy = _Proxy(("127.0.0.1", 0), _Handler)
@@ -87,10 +100,21 @@ class Server:
             self._faults.append([what.format(self.bucket), fault, times, skip])
 
     def storage(self, folder: str = "", patience_s: float = 20.0) -> bucket.Bucket:
-        return bucket.open(f"s3://{self.bucket}/{folder}", patience_s=patience_s, first_patience_s=patience_s)
+        place = f"s3://{self.bucket}/{folder}"
+        return bucket.open(place, patience_s=patience_s, first_patience_s=patience_s, part_bytes=PART)
 
     def asked(self, what: str) -> list[str]:
         return [request for request in self.requests if request.startswith(what.format(self.bucket))]
+
+    def put(self, objects: Mapping[str, bytes]) -> None:
+        """As somebody else would, past the proxy."""
+        connection = http.client.HTTPConnection(*_moto(), timeout=60)
+        for key, data in objects.items():
+            connection.request("PUT", f"/{self.bucket}/{key}", data, {"Authorization": SOMEBODY})
+            answer = connection.getresponse()
+            assert answer.read() == b""
+            assert answer.status == 200, answer
+        connection.close()
 
     def uploads_left(self) -> int:
         """Multipart uploads that were begun, and neither completed nor aborted."""
@@ -134,6 +158,16 @@ def served() -> Iterator[Server]:
             if value is not None:
                 os.environ[name] = value
         server.close()
+
+
+@contextlib.contextmanager
+def placed(kind: str, folder: Path) -> Iterator[Storage]:
+    """Storage of one kind, `folder` or `s3`, with nothing in it."""
+    if kind == "folder":
+        yield at(str(folder))
+    else:
+        with served() as server:
+            yield server.storage("runs")
 
 
 @functools.cache
@@ -180,13 +214,23 @@ class _Handler(BaseHTTPRequestHandler):
         if len(body) < length:
             self.cut()
             return
+        if isinstance(fault, Body):
+            self.reply(200, [("Content-Type", "application/xml")], fault.text.encode())
+            return
         if isinstance(fault, Status):
-            said = f"<Error><Code>{fault.code}</Code><Message>{fault.code} as told</Message></Error>".encode()
+            said = (
+                fault.code.encode()
+                if fault.status == 200
+                else f"<Error><Code>{fault.code}</Code><Message>{fault.code} as told</Message></Error>".encode()
+            )
             self.reply(fault.status, [("Content-Type", "application/xml")], said)
             return
         if isinstance(fault, Meanwhile):
             fault.what()
-        status, headers, answer = _forward(self.command, self.path, dict(self.headers.items()), body)
+        asked = dict(self.headers.items())
+        if self.server.owner.ignores_conditions:
+            asked = {name: value for name, value in asked.items() if not name.lower().startswith("if-")}
+        status, headers, answer = _forward(self.command, self.path, asked, body)
         if isinstance(fault, LoseAnswer):
             self.cut()
         elif isinstance(fault, CutAnswer):
