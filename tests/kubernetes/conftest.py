@@ -1,0 +1,57 @@
+"""What the tests of the Kubernetes backend share: a loopback API server, a kubeconfig for it, and what was recorded."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from api_server import ApiServer
+from replay import RECORDINGS
+
+from dtrain.backends import kuberay
+from dtrain.plan import make_plan
+from dtrain.spec.load import load_cluster, load_job
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def api() -> Iterator[ApiServer]:
+    """A server with Ray's objects and the namespaces `default` and `dtrain`."""
+    with ApiServer() as server:
+        yield server
+
+
+@pytest.fixture
+def kubeconfig(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An administrator's kubeconfig for the server, as $KUBECONFIG of this process and those it starts."""
+    path = api.kubeconfig(tmp_path / "kubeconfig")
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    return path
+
+
+@pytest.fixture
+def options(kubeconfig: Path) -> kuberay.Options:
+    """Of a cluster file that names the server by its context."""
+    return some_options()
+
+
+@pytest.fixture(scope="session")
+def recordings() -> Path:
+    if not RECORDINGS.is_dir():
+        pytest.skip(f"what was recorded from a real cluster is not here: {RECORDINGS}")
+    return RECORDINGS
+
+
+def some_options(**words: Any) -> kuberay.Options:
+    machine = {"cores": 4, "memory_gib": 16, **words.pop("machine", {})}
+    known = {"image": "dtrain:test", "namespace": "dtrain", "termination_grace_s": 1, "pending_deadline_s": 20}
+    return kuberay.Options.model_validate({"machine": machine, **known, **words})
+
+
+def submission(run_id: str = "gpt_small-k3f9", **words: Any) -> kuberay.Submission:
+    """A shipped job, planned and rendered for the server's namespace."""
+    cluster = load_cluster(ROOT / "clusters" / "kind.yaml")
+    backend = cluster.backend.model_copy(update={"namespace": "dtrain", "context": None, **words})
+    plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), cluster.model_copy(update={"backend": backend}))
+    return kuberay.render(plan, Path(plan.storage) / run_id)
