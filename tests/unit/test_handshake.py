@@ -44,7 +44,7 @@ def test_what_is_equal_fits() -> None:
 
 def test_what_does_not_matter_may_differ() -> None:
     client = having(python="3.11.2", packages={"torch": "2.13.0+cpu", "numpy": "2.0", "peft": "0.1"})
-    assert said(client, having(cuda="12.8", packages={"numpy": "2.4", "peft": "0.2"})) == {}
+    assert said(client, having(cuda="13.0", packages={"numpy": "2.4", "peft": "0.2"})) == {}
     enough_to_submit = having(packages={"ray": "", "torch": ""})
     assert said(enough_to_submit, having()) == {}
 
@@ -80,8 +80,8 @@ def test_another_version_and_its_other_sources_are_one_problem() -> None:
 
 
 def test_another_torch_is_a_warning_with_the_version_to_install() -> None:
-    cluster = having(packages={"torch": "2.12.1+cu128"})
-    assert said(having(), cluster) == {"torch": ("warning", "the client has torch 2.13.0, the image 2.12.1+cu128")}
+    cluster = having(packages={"torch": "2.12.1+cu130"})
+    assert said(having(), cluster) == {"torch": ("warning", "the client has torch 2.13.0, the image 2.12.1+cu130")}
     assert "pip install 'torch==2.12.1'" in remedies(having(), cluster)
 
 
@@ -122,7 +122,7 @@ def test_a_plan_for_gpus_needs_a_torch_for_gpus() -> None:
     state, words = said(None, having(), plan)["torch"]
     assert state == "problem"
     assert "the plan is for GPUs, and torch 2.13.0 in the image is a build for CPUs" in words
-    assert said(None, having(cuda="12.8"), plan) == {}
+    assert said(None, having(cuda="13.0"), plan) == {}
 
 
 def test_a_script_needs_no_more_than_ray_and_torch(tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_the_word_for_the_sources_is_theirs_alone(tmp_path: Path) -> None:
 
 def test_an_image_says_in_a_line_what_it_has() -> None:
     assert (
-        handshake.text(having(cuda="12.8"))
-        == "dtrain 0.1.0 (0123), Python 3.11.7, ray 2.60.0, torch 2.13.0 (CUDA 12.8)"
+        handshake.text(having(cuda="13.0"))
+        == "dtrain 0.1.0 (0123), Python 3.11.7, ray 2.60.0, torch 2.13.0 (CUDA 13.0)"
     )
     words = [sys.executable, "-m", "dtrain.handshake", "--text"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
