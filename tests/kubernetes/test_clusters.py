@@ -92,6 +92,39 @@ def test_a_cluster_file_leads_to_pods_that_fit_its_nodes(cluster):
     assert any("#" in line for line in (ROOT / "clusters" / f"{cluster}.yaml").read_text().splitlines()[:5])
 
 
+ADMITTED_VOLUMES = {"configMap", "emptyDir", "persistentVolumeClaim", "secret"}
+
+
+def _beyond_restricted(pod):
+    """What of a pod goes beyond the pod security standard `restricted`."""
+    spec = pod["spec"]
+    kinds = {key for volume in spec["volumes"] for key in volume if key != "name"}
+    found = kinds - ADMITTED_VOLUMES
+    found |= {key for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)}
+    for container in spec["containers"]:
+        security = {**spec["securityContext"], **container["securityContext"]}
+        found |= set(security["capabilities"].get("add", ()))
+        found |= {"capabilities"} - {"capabilities" if security["capabilities"]["drop"] == ["ALL"] else ""}
+        is_as_asked = (
+            security["allowPrivilegeEscalation"] is False
+            and security["runAsNonRoot"] is True
+            and security["runAsUser"] > 0
+            and security["seccompProfile"]["type"] == "RuntimeDefault"
+        )
+        found |= set() if is_as_asked else {"security context"}
+    return found
+
+
+@pytest.mark.parametrize("cluster", [name for name in CLUSTERS if _on_kubernetes(name)])
+def test_pods_keep_to_the_restricted_standard_or_the_cluster_file_says_what_the_namespace_must_admit(cluster):
+    job = kuberay.render(_plan("gpt_small", cluster), Path("gpt_small-k3f9")).objects[0]
+    beyond = set().union(*(_beyond_restricted(pod) for pod in crd_schema.pods_of(job)))
+    assert beyond <= {"hostPath", "IPC_LOCK"}
+    text = (ROOT / "clusters" / f"{cluster}.yaml").read_text()
+    assert bool(beyond) == ("podSecurity: privileged" in text), beyond
+    assert ("IPC_LOCK" in beyond) == ("IPC_LOCK" in text)
+
+
 @pytest.mark.parametrize("pair", rendered.PAIRS, ids=".".join)
 def test_what_would_be_sent_is_the_committed_text(pair):
     committed = rendered.golden(*pair).read_text()
