@@ -128,9 +128,10 @@ def test_the_oldest_kubernetes_that_the_chart_names_takes_it_too() -> None:
 
 
 @every_values
-def test_rendering_twice_gives_the_same(values: Values) -> None:
+def test_rendering_gives_the_same_every_time(values: Values) -> None:
     with helm.Chart.load(CHART) as chart:
-        assert chart.render(values, name="dtrain", namespace="dtrain", is_install=True) == texts(values)
+        for _ in range(8):  # the engine's mappings have another order each time
+            assert chart.render(values, name="dtrain", namespace="dtrain", is_install=True) == texts(values)
 
 
 @every_values

@@ -1,0 +1,134 @@
+"""What the chart installs and what dtrain sends fit together: its cluster file, planned and rendered by dtrain."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from chart import (
+    EKS,
+    EVERYTHING,
+    GKE,
+    RUNS,
+    VALUE_SETS,
+    Object,
+    Values,
+    cluster_file,
+    named,
+    objects,
+    of_kind,
+    pods_of_run,
+    run_objects,
+)
+
+from dtrain.spec import load
+
+every_values = pytest.mark.parametrize("values", VALUE_SETS.values(), ids=VALUE_SETS)
+
+
+@every_values
+def test_the_cluster_file_is_one(values: Values, tmp_path: Path) -> None:
+    cluster = load.load_cluster(cluster_file(values, tmp_path))
+    assert cluster.backend.name == "kuberay"
+    assert not cluster.storage.startswith("runs")
+
+
+@every_values
+def test_a_run_finds_what_it_names(values: Values, tmp_path: Path) -> None:
+    all_objects = objects(values)
+    there = {(one["kind"], one["metadata"].get("namespace"), one["metadata"]["name"]) for one in all_objects}
+    run = run_objects(cluster_file(values, tmp_path))
+    namespace = run[0]["metadata"]["namespace"]
+    assert namespace in values.get("runs", {}).get("namespaces", [RUNS])
+    for pod in pods_of_run(run).values():
+        spec = pod["spec"]
+        assert ("ServiceAccount", namespace, spec["serviceAccountName"]) in there
+        if "priorityClassName" in spec:
+            assert ("PriorityClass", None, spec["priorityClassName"]) in there
+        for volume in spec["volumes"]:
+            if "persistentVolumeClaim" in volume:
+                assert ("PersistentVolumeClaim", namespace, volume["persistentVolumeClaim"]["claimName"]) in there
+
+
+def test_a_run_waits_in_the_queue_that_is_there(tmp_path: Path) -> None:
+    labels = run_objects(cluster_file(EVERYTHING, tmp_path, "team-b"))[0]["metadata"]["labels"]
+    assert named(objects(EVERYTHING), "LocalQueue", labels["kueue.x-k8s.io/queue-name"], "team-b")
+    assert named(objects(EVERYTHING), "WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"])
+
+
+def test_a_head_keeps_its_state_in_the_redis_that_is_there(tmp_path: Path) -> None:
+    run = run_objects(cluster_file(EVERYTHING, tmp_path, "team-b"))
+    kept = run[0]["spec"]["rayClusterSpec"]["gcsFaultToleranceOptions"]
+    host, port = kept["redisAddress"].split(":")
+    (served,) = named(objects(EVERYTHING), "Service", host, "team-b")["spec"]["ports"]
+    assert served["port"] == int(port)
+    asked = named(objects(EVERYTHING), "StatefulSet", host, "team-b")["spec"]["template"]["spec"]["containers"][0][
+        "env"
+    ]
+    assert kept["redisPassword"]["valueFrom"] == asked[0]["valueFrom"]
+
+
+def test_pods_of_runs_are_admitted_where_the_standard_is_restricted(tmp_path: Path) -> None:
+    for pod in pods_of_run(run_objects(cluster_file({}, tmp_path))).values():
+        outer = pod["spec"]["securityContext"]
+        assert outer["runAsNonRoot"] is True and outer["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert {next(iter(set(one) - {"name"})) for one in pod["spec"]["volumes"]} <= {
+            "emptyDir",
+            "persistentVolumeClaim",
+            "configMap",
+            "secret",
+            "projected",
+        }
+        for container in pod["spec"]["containers"] + pod["spec"].get("initContainers", []):
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_pods_of_runs_have_no_token_but_the_autoscaler(tmp_path: Path) -> None:
+    plain = pods_of_run(run_objects(cluster_file({}, tmp_path)))
+    assert [pod["spec"]["automountServiceAccountToken"] for pod in plain.values()] == [False, False]
+    scaling = {"autoscaling": {"max_nodes": 4, "service_account": "dtrain-autoscaling"}}
+    pods = pods_of_run(run_objects(cluster_file({}, tmp_path), backend=scaling))
+    assert pods["head"]["spec"]["serviceAccountName"] == "dtrain-autoscaling"
+    assert named(objects({}), "ServiceAccount", "dtrain-autoscaling", RUNS)["automountServiceAccountToken"] is True
+    assert pods["worker"]["spec"]["serviceAccountName"] == "dtrain-run"
+    assert pods["worker"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_what_the_platform_team_says_of_machines_reaches_the_pods(tmp_path: Path) -> None:
+    run = run_objects(cluster_file(GKE, tmp_path))
+    (group,) = run[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    spec = group["template"]["spec"]
+    assert group["replicas"] == 2
+    assert spec["nodeSelector"] == {"cloud.google.com/gke-accelerator": "nvidia-h100-80gb"}
+    assert spec["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 8
+    assert spec["containers"][0]["image"] == "europe-docker.pkg.dev/acme/train/dtrain:0.1.0-cu128"
+
+
+def test_runs_on_azure_carry_the_label_that_gives_them_their_identity(tmp_path: Path) -> None:
+    for values, is_there in ((VALUE_SETS["aks"], True), (EKS, False)):
+        for pod in pods_of_run(run_objects(cluster_file(values, tmp_path))).values():
+            assert (pod["labels"].get("azure.workload.identity/use") == "true") == is_there
+
+
+def test_prometheus_finds_the_metrics_of_every_pod(tmp_path: Path) -> None:
+    (monitor,) = of_kind(objects(EVERYTHING), "PodMonitor")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    assert monitor["spec"]["namespaceSelector"]["matchNames"] == ["team-a", "team-b"]
+    for pod in pods_of_run(run_objects(cluster_file(EVERYTHING, tmp_path))).values():
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= pod["labels"].items()
+        ports = {one["name"]: one["containerPort"] for one in pod["spec"]["containers"][0]["ports"]}
+        assert ports[endpoint["port"]] == 8080
+        sources = [one["sourceLabels"][0] for one in endpoint["relabelings"]]
+        known = {
+            "__meta_kubernetes_pod_label_" + key.replace(".", "_").replace("/", "_").replace("-", "_")
+            for key in pod["labels"]
+        }
+        assert set(sources) <= known
+
+
+def test_options_of_the_backend_are_taken_over_as_they_are(tmp_path: Path) -> None:
+    given: Object = {"worker": {"spot": True}, "network": {"env": {"NCCL_DEBUG": "WARN"}}, "service_account": "other"}
+    path = cluster_file({"clusterFile": {"backend": given}}, tmp_path)
+    backend = yaml.safe_load(path.read_text())["backend"]
+    assert {key: backend[key] for key in given} == given
+    assert load.load_cluster(path)
