@@ -3,56 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import crd_schema
 import pytest
 import yaml
+from rendering import ROOT, a_cluster, a_plan, group_of, parts, sent
 
 from dtrain.backends import kuberay
 from dtrain.errors import InputError
 from dtrain.kubernetes import names, render
-from dtrain.machine import Machine
-from dtrain.plan import make_plan, read_plan
-from dtrain.spec.document import parse
-from dtrain.spec.job import JobSpec
-from dtrain.spec.load import cluster_of, load_cluster, load_job
-
-ROOT = Path(__file__).resolve().parents[2]
-GPUS = {"cores": 96, "memory_gib": 800, "gpus": 8, "gpu": "H100", "gpu_memory_gib": 80}
-
-
-def a_cluster(*, nodes=2, storage="s3://bucket/runs", backend=None, **more):
-    given = {"name": "kuberay", "image": "dtrain:1", "machine": GPUS, **(backend or {})}
-    text = yaml.safe_dump({"name": "there", "backend": given, "nodes": nodes, "storage": storage, **more})
-    root = parse(text, "there.yaml")
-    assert root is not None
-    return cluster_of(root)
-
-
-def a_plan(run="gpt_small", **cluster):
-    return make_plan(load_job(ROOT / "jobs" / f"{run}.yaml"), a_cluster(**cluster), folder=Path("/jobs"))
-
-
-def sent(run_id="gpt_small-k3f9", *, cluster=None, **backend):
-    """The objects of a run; where the CRDs are at hand they are held to them."""
-    objects = kuberay.render(a_plan(backend=backend, **(cluster or {})), Path(run_id)).objects
-    if crd_schema.CRDS.is_dir():
-        assert [mistake for thing in objects for mistake in crd_schema.refused(thing)] == []
-    return objects
-
-
-def parts(objects):
-    """RayJob spec, RayCluster spec, and the pods of head and workers."""
-    spec = objects[0]["spec"]
-    cluster = spec["rayClusterSpec"]
-    return spec, cluster, cluster["headGroupSpec"]["template"]["spec"], _workers(cluster)["template"]["spec"]
-
-
-def _workers(cluster):
-    (group,) = cluster["workerGroupSpecs"]
-    return group
-
+from dtrain.plan import read_plan
 
 # -- the run ---------------------------------------------------------------------------------------------------
 
@@ -78,7 +38,7 @@ def test_everything_of_a_run_can_be_found_by_its_label_and_its_pods_too():
     mine = {**names.run_labels("gpt_small-k3f9"), "team": "vision"}
     assert mine["dtrain.dev/run"] == "gpt-small-k3f9"
     cluster = job["spec"]["rayClusterSpec"]
-    for thing in (job, policy, cluster["headGroupSpec"]["template"], _workers(cluster)["template"]):
+    for thing in (job, policy, cluster["headGroupSpec"]["template"], group_of(cluster)["template"]):
         assert thing["metadata"]["labels"].items() >= mine.items()
         assert thing["metadata"]["annotations"]["cost"] == "a/b"
     assert job["metadata"]["annotations"].items() >= {
@@ -118,7 +78,7 @@ def test_the_head_computes_nothing_and_each_node_is_one_pod_with_all_its_gpus():
     start = cluster["headGroupSpec"]["rayStartParams"]
     assert (start["num-cpus"], start["num-gpus"]) == ("0", "0")
     assert head["containers"][0]["resources"]["requests"] == {"cpu": "2", "memory": "8Gi"}
-    group = _workers(cluster)
+    group = group_of(cluster)
     assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas", "numOfHosts")] == [2, 2, 2, 1]
     assert (group["rayStartParams"]["num-cpus"], group["rayStartParams"]["num-gpus"]) == ("96", "8")
     amounts = {"cpu": "96", "memory": "800Gi", "nvidia.com/gpu": 8}
@@ -130,7 +90,7 @@ def test_the_head_computes_nothing_and_each_node_is_one_pod_with_all_its_gpus():
 def test_what_ray_is_told_of_a_pod_is_what_the_plan_reserves():
     plan = a_plan(workers_per_node=2)
     submission = kuberay.render(plan, "gpt_small-k3f9")
-    group = _workers(submission.objects[0]["spec"]["rayClusterSpec"])
+    group = group_of(submission.objects[0]["spec"]["rayClusterSpec"])
     told = {key: float(group["rayStartParams"][f"num-{key.lower()}s"]) for key in ("CPU", "GPU")}
     assert told == submission.resources == plan.workers.resources == {"CPU": 24.0, "GPU": 2.0}
     asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
@@ -141,9 +101,9 @@ def test_a_node_without_gpus_is_not_asked_for_any():
     _, cluster, _, worker = parts(
         sent(machine={"cores": 4, "memory_gib": 7.5}, worker={"shm_gib": 2, "object_store_gib": 0.25})
     )
-    assert _workers(cluster)["groupName"] == "cpu"
+    assert group_of(cluster)["groupName"] == "cpu"
     assert worker["containers"][0]["resources"]["requests"] == {"cpu": "4", "memory": "7680Mi"}
-    assert _workers(cluster)["rayStartParams"]["object-store-memory"] == str(2**28)
+    assert group_of(cluster)["rayStartParams"]["object-store-memory"] == str(2**28)
 
 
 def test_pods_are_never_root_and_can_do_and_write_nothing_but_their_own():
@@ -189,7 +149,7 @@ def test_where_pods_may_be():
     assert (head["nodeSelector"], worker["nodeSelector"]) == ({"pool": "ordinary"}, {"pool": "spot"})
     assert worker["tolerations"] == [{"key": "spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}]
     assert "tolerations" not in head
-    assert _workers(cluster)["labels"] == {"ray.io/market-type": "spot"}
+    assert group_of(cluster)["labels"] == {"ray.io/market-type": "spot"}
     assert (worker["runtimeClassName"], "runtimeClassName" in head) == ("nvidia", False)
     for pod in (head, worker):
         assert (pod["priorityClassName"], pod["terminationGracePeriodSeconds"]) == ("high", 25)
@@ -308,13 +268,13 @@ def test_nodes_come_and_go_where_autoscaling_is_asked_for():
     assert cluster["enableInTreeAutoscaling"] is True
     assert (cluster["autoscalerOptions"]["version"], cluster["autoscalerOptions"]["idleTimeoutSeconds"]) == ("v2", 60)
     assert cluster["autoscalerOptions"]["securityContext"]["allowPrivilegeEscalation"] is False
-    group = _workers(cluster)
+    group = group_of(cluster)
     assert [group[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 1, 8]
     assert (head["serviceAccountName"], head["automountServiceAccountToken"]) == ("scaler", True)
     assert (worker["serviceAccountName"], worker["automountServiceAccountToken"]) == ("runs", False)
     assert cluster["headGroupSpec"]["template"]["metadata"]["labels"]["dtrain.dev/api-access"] == "true"
     assert "dtrain.dev/api-access" not in group["template"]["metadata"]["labels"]
-    small = _workers(sent(autoscaling={"max_nodes": 1})[0]["spec"]["rayClusterSpec"])
+    small = group_of(sent(autoscaling={"max_nodes": 1})[0]["spec"]["rayClusterSpec"])
     assert [small[key] for key in ("replicas", "minReplicas", "maxReplicas")] == [2, 0, 2]  # never fewer than it needs
 
 
@@ -345,7 +305,7 @@ def test_the_cluster_that_stands_has_whole_nodes_and_belongs_to_no_run():
         assert [mistake for thing in objects for mistake in crd_schema.refused(thing)] == []
     cluster, policy = objects
     assert (cluster["kind"], cluster["metadata"]["name"]) == ("RayCluster", "shared")
-    group = _workers(cluster["spec"])
+    group = group_of(cluster["spec"])
     assert (group["replicas"], group["rayStartParams"]["num-gpus"]) == (3, "8")
     assert group["template"]["spec"]["containers"][0]["resources"]["requests"]["rdma/ib"] == 1
     for thing in (cluster, policy, group["template"]):
@@ -388,94 +348,3 @@ def test_two_renders_are_the_same_bytes_and_open_nothing():
     assert runs[0].stdout == runs[1].stdout
     assert "kind: RayJob" in runs[0].stdout
     assert [run.stderr for run in runs] == ["[]\n", "[]\n"]
-
-
-# -- refusals --------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("backend", "said"),
-    [
-        ({"queue": {"name": "q"}, "gang": {"scheduler": "volcano"}}, "keep one of the two"),
-        ({"queue": {"name": "q"}, "autoscaling": {"max_nodes": 4}}, "remove queue or autoscaling"),
-        ({"queue": {"name": "q"}, "standing": {"name": "s"}}, "remove queue or standing"),
-        ({"gang": {"scheduler": "volcano"}, "standing": {"name": "s"}}, "remove gang or standing"),
-        ({"worker": {"shm_gib": 800}}, "worker.shm_gib 800 is part of the pod's memory"),
-        ({"worker": {"shm_gib": 2}}, "give at most 0.5"),
-        ({"autoscaling": {"min_nodes": 5, "max_nodes": 4}}, "min_nodes 5 is more than max_nodes 4"),
-        ({"volumes": [{"mount": "/x"}]}, "give one of claim, host_path and secret"),
-        ({"volumes": [{"mount": "/x", "claim": "a", "secret": "b"}]}, "give one of claim, host_path and secret"),
-        ({"head": {"tolerations": [{"key": "a", "value": "b"}]}}, "a value goes with operator: Equal"),
-        ({"machine": {"cores": 8, "memory_gib": 8, "gpus": 1}}, "gpu_memory_gib does not say how much"),
-        ({"machine": {"memory_gib": 8}}, "backend.machine.cores is missing"),
-        ({"security": {"user": 0}}, "backend.security.user: expected a whole number greater than 0"),
-        ({"standing": {"name": "Shared"}}, "beginning with a letter"),
-        ({"network": {"resources": {"rdma/ib": "one"}}}, "text such as 5120Mi"),
-        ({"ray_version": "latest"}, "backend.ray_version"),
-        ({"standing": {"name": "s"}}, "nodes: 2 is more than the 1 of backend.standing.nodes"),
-        ({"standing": {"name": "s"}, "autoscaling": {"max_nodes": 1}}, "the 1 of backend.autoscaling.max_nodes"),
-        ({"worker": {"node_selector": {"spot": True}}}, "put it in quotes"),
-        ({"pending_deadline": 60}, "did you mean 'pending_deadline_s'"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, dict) else "",
-)
-def test_options_that_cannot_work_are_refused_where_they_stand(backend, said):
-    with pytest.raises(InputError) as caught:
-        a_cluster(backend=backend)
-    assert said in caught.value.message
-    assert caught.value.message.startswith("there.yaml:")
-
-
-@pytest.mark.parametrize(
-    ("storage", "volumes", "said"),
-    [
-        ("runs", [], "'runs' is a folder that no pod sees; give a bucket"),
-        ("/mnt/runs", [], "'/mnt/runs' is a folder that no pod sees"),
-        ("/mnt/dtrain2", [{"mount": "/mnt/dtrain", "claim": "c"}], "no pod sees"),
-        ("/data/runs", [{"mount": "/data", "host_path": "/data", "read_only": True}], "cannot be written to"),
-        ("/etc/x/runs", [{"mount": "/etc/x", "secret": "s"}], "cannot be written to"),
-    ],
-)
-def test_storage_that_pods_cannot_use_is_refused_at_its_line(storage, volumes, said):
-    with pytest.raises(InputError) as caught:
-        a_cluster(storage=storage, backend={"volumes": volumes})
-    assert said in caught.value.message
-    assert a_cluster(storage="/mnt/dtrain/runs", backend={"volumes": [{"mount": "/mnt/dtrain", "claim": "c"}]})
-
-
-@pytest.mark.parametrize(
-    ("job", "cluster", "said"),
-    [
-        ({}, {"device": "gpu", "backend": {"machine": {"cores": 8, "memory_gib": 32}}}, "its machines have none"),
-        ({}, {"workers_per_node": 9}, "more than the 8 GPUs of a machine of cluster 'there'"),
-        ({"precision": "bf16"}, {"backend": {"machine": {**GPUS, "gpu": "T4", "bf16": False}}}, "write fp16, or auto"),
-    ],
-)
-def test_a_job_for_hardware_that_the_cluster_has_not_is_refused(job, cluster, said):
-    asked = load_job(ROOT / "jobs" / "gpt_small.yaml", [f"train.{key}={value}" for key, value in job.items()])
-    with pytest.raises(InputError, match=said):
-        make_plan(asked, a_cluster(**cluster), Machine(4, 64.0))
-
-
-def test_planning_for_a_cluster_does_not_look_at_the_machine_that_plans():
-    asked = load_job(ROOT / "jobs" / "gpt_small.yaml")
-    plans = [make_plan(asked, a_cluster(), machine) for machine in (None, Machine(1, 1.0), Machine(64, 64.0))]
-    assert plans[0] == plans[1] == plans[2]
-    assert plans[0].train.precision == "bf16"
-    assert (plans[0].workers.total, plans[0].workers.device, plans[0].storage) == (16, "cuda", "s3://bucket/runs")
-    cores = a_cluster(backend={"machine": {"cores": 4, "memory_gib": 16, "bf16": True}})
-    assert make_plan(asked, cores, Machine(64, 64.0)).train.precision == "bf16"
-
-
-def test_workers_are_so_many_that_they_divide_the_batch_by_the_micro_batch():
-    job = load_job(ROOT / "jobs" / "finetune_lora.yaml")
-    assert isinstance(job, JobSpec)
-    plan = make_plan(job, a_cluster(), folder=Path("/jobs"))
-    assert (plan.workers.per_node, plan.batch.micro, plan.batch.accumulation) == (4, 4, 1)
-
-
-def test_ray_in_the_image_is_the_one_in_the_constraints():
-    assert (
-        f"ray=={load_cluster(ROOT / 'clusters' / 'kind.yaml').backend.ray_version}\n"
-        in (ROOT / "constraints.txt").read_text()
-    )
