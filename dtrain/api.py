@@ -13,9 +13,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dtrain import component, runs
+from dtrain import component, runs, storage
 from dtrain.component import Options
 from dtrain.errors import ClusterError, DtrainError, InputError, from_kind
 from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
@@ -23,6 +23,9 @@ from dtrain.spec import document, load
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node
 from dtrain.spec.job import JobSpec, ScriptSpec
+
+if TYPE_CHECKING:
+    from dtrain.backends import Sight
 
 LOCAL_CLUSTER = Path("clusters/local.yaml")
 POLL_S = 0.1
@@ -44,8 +47,8 @@ def submit(job: AnyJob, cluster: AnyCluster = None, overrides: Overrides = (), *
     settings = _settings(overrides)
     plan = decide(job, cluster, settings)
     run = runs.create(plan, job_text(job, settings))
-    hand_over(run, plan, say or _nothing)
-    return Run(run.path)
+    hand_over(run, plan, say or _nothing, folder=folder_of(job), is_new=True)
+    return Run(run.where)
 
 
 def _nothing(text: str) -> None:
@@ -53,13 +56,14 @@ def _nothing(text: str) -> None:
 
 
 class Run:
-    """One run, by its folder."""
+    """One run, by its folder or URI."""
 
     def __init__(self, path: str | Path) -> None:
-        self._run = runs.Run(Path(path).absolute())
+        place, _, name = str(path).rstrip("/").rpartition("/")
+        self._run = runs.opened(place, name) if storage.is_remote(str(path)) else runs.Run(Path(path).absolute())
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"Run({self._run.where!r})"
 
     @property
     def id(self) -> str:
@@ -67,7 +71,7 @@ class Run:
 
     @property
     def path(self) -> Path:
-        """Its folder."""
+        """Its folder; of a run in a bucket a folder with copies of what was looked at."""
         return self._run.path
 
     @property
@@ -85,7 +89,7 @@ class Run:
         while not (record := self._run.record).ended:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{self.id} is still {record.state} after {timeout_s:g} s")
-            time.sleep(POLL_S)
+            time.sleep(max(POLL_S, self._run.poll_s))
         if check and record.state != "succeeded":
             raise from_kind(record.error_kind or "internal", record.error or record.cause)
         return record
@@ -123,6 +127,7 @@ class Run:
         if not stored:
             return None
         best = min(reversed(measured), key=lambda c: c["metrics"]["loss"]) if measured else stored[-1]
+        self._run.fetch_checkpoint(str(best["name"]))
         return self._run.checkpoints / str(best["name"])
 
 
@@ -163,10 +168,20 @@ def backend_of(plan: AnyPlan) -> ModuleType:
     return component.load("backends", plan.backend.name)
 
 
-def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
-    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
+def folder_of(job: AnyJob) -> Path | None:
+    """The folder of a job's file, where it is one."""
+    return Path(job).parent if isinstance(job, str | Path) else None
+
+
+def hand_over(run: runs.Run, plan: AnyPlan, say: Say, *, folder: Path | None = None, is_new: bool = False) -> None:
+    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting.
+
+    To a cluster elsewhere the user's own code goes along with a new run; `folder` is that of the job's file.
+    """
     backend = backend_of(plan)
     try:
+        if hasattr(backend, "look"):
+            _equip(run, plan, say, folder, is_new)
         backend.send(backend.render(plan, run.path), plan.backend, say)
     except DtrainError as error:
         run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
@@ -176,15 +191,34 @@ def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
         raise
 
 
+def _equip(run: runs.Run, plan: AnyPlan, say: Say, folder: Path | None, is_new: bool) -> None:
+    """Put on storage what a driver on another machine needs: code, and the versions that this client has."""
+    from dtrain import bundle, handshake
+
+    place = storage.at(plan.storage)
+    if is_new and place.local is None:  # a folder that all nodes see is beside the code that they see
+        bundle.ship(place, run.id, plan, folder, say)
+    handshake.record(place, run.id)
+
+
+def sight_of(run: runs.Run, plan: AnyPlan) -> "Sight | None":
+    """What the cluster sees of a run, where it sees more than the run's folder. Raises `ClusterError`."""
+    backend = backend_of(plan)
+    found: Sight | None = backend.look(run.id, plan.backend) if hasattr(backend, "look") else None
+    return found
+
+
 def stop(run: runs.Run, who: str, timeout_s: float) -> runs.Record:
     """Ask a run to stop and wait for its end. Raises `ClusterError` when it does not come in time."""
     record = run.record
-    if record.ended:
-        return record
-    run.ask_to_stop(who)
+    if not record.ended:
+        run.ask_to_stop(who)
+        record = run.record
+    if record.state in ("stopped", "lost"):
+        _end_on_cluster(run)  # no driver does: the cluster must not begin, or keep, what is left of it
     deadline = time.monotonic() + timeout_s
     while not record.ended and time.monotonic() < deadline:
-        time.sleep(POLL_S)
+        time.sleep(max(POLL_S, run.poll_s))
         record = run.record
     if not record.ended:
         raise ClusterError(
@@ -193,6 +227,13 @@ def stop(run: runs.Run, who: str, timeout_s: float) -> runs.Record:
             " `dtrain cluster down` ends it without a checkpoint"
         )
     return record
+
+
+def _end_on_cluster(run: runs.Run) -> None:
+    plan = run.plan
+    backend = backend_of(plan)
+    if hasattr(backend, "end"):
+        backend.end(run.id, plan.backend)
 
 
 def _settings(overrides: Overrides) -> list[str]:

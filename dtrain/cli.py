@@ -11,11 +11,14 @@ import click
 
 from dtrain import __version__
 from dtrain.errors import ClusterError, DtrainError, InputError, Stopped
-from dtrain.view.help import EXIT_CODES, Sections, complete_run
+from dtrain.view.help import EXIT_CODES, ChecksFirst, Sections, complete_run
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from types import ModuleType
 
+    from dtrain.backends import Sight
+    from dtrain.finding import Finding
     from dtrain.plan import Plan, ScriptPlan
     from dtrain.runs import Run
     from dtrain.spec.cluster import ClusterSpec
@@ -50,9 +53,19 @@ SET = click.option(
     help="Change a setting: train.steps=100, or cluster.storage=FOLDER for the cluster. May be given again.",
 )
 RUN = click.argument("word", metavar="[RUN]", required=False, shell_complete=complete_run)
-STORAGE = click.option(
-    "--storage", default="runs", show_default=True, type=click.Path(), help="Folder in which runs are looked for."
+_STORAGE = click.option(
+    "--storage", metavar="PLACE", help="Folder or URI in which runs are looked for.  [default: runs]"
 )
+_ITS_STORAGE = click.option(
+    "-c", "--cluster", type=click.Path(path_type=Path), metavar="FILE", help="Look in the storage of a cluster file."
+)
+
+
+def STORAGE(command: Any) -> Any:  # noqa: N802 - beside the others it is one of them
+    """`--storage`, and `--cluster` for where that cluster keeps its runs."""
+    return _STORAGE(_ITS_STORAGE(command))
+
+
 JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON, for a program to read.")
 DETACH = click.option("-d", "--detach", is_flag=True, help="Hand the run over and return at once.")
 
@@ -137,15 +150,20 @@ def schema(kind: str) -> None:
 
 
 @cli.section("Run")
-@click.command()
+@click.command(cls=ChecksFirst)
 @JOB
 @CLUSTER
 @SET
 @DETACH
-@click.option("--dry-run", is_flag=True, help="Print what would be sent, and neither send nor write anything.")
+@click.option(
+    "--dry-run",
+    type=click.Choice(["client", "server"]),
+    metavar="[=server]",
+    help="Print what would be sent, and neither send nor write anything; =server lets the cluster check it.",
+)
 @JSON
 def submit(
-    file: Path, cluster: Path | None, overrides: tuple[str, ...], detach: bool, dry_run: bool, as_json: bool
+    file: Path, cluster: Path | None, overrides: tuple[str, ...], detach: bool, dry_run: str | None, as_json: bool
 ) -> None:
     """Train a job, and show it until it has ended.
 
@@ -155,10 +173,10 @@ def submit(
     decided = _plan(file, cluster, overrides)
     name = runs.new_name(decided)
     if dry_run:
-        click.echo(api.backend_of(decided).render(decided, Path(decided.storage) / name).text())
+        _dry_run(decided, name, with_server=dry_run == "server")
         return
     run = runs.create(decided, api.job_text(file, overrides), name)
-    api.hand_over(run, decided, _say)
+    api.hand_over(run, decided, _say, folder=file.parent, is_new=True)
     _attend(run, decided, detach, as_json)
 
 
@@ -168,17 +186,18 @@ def submit(
 @STORAGE
 @DETACH
 @JSON
-def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
+def resume(word: str | None, storage: str | None, cluster: Path | None, detach: bool, as_json: bool) -> None:
     """Go on with a run from its newest valid checkpoint.
 
     For a run that failed, was stopped or was lost."""
     from dtrain import api, code
 
-    run = _find(storage, word)
+    run = _find(storage, cluster, word)
     decided = run.plan
     run.requeue("resumed")
     for path in code.changed(decided.code):
-        _say(f"{path} is not what it was when the run was submitted; it runs as it is now")
+        runs_as = "it runs as it is now" if decided.backend.name == "local" else "the cluster runs what was submitted"
+        _say(f"{path} is not what it was when the run was submitted; {runs_as}")
     api.hand_over(run, decided, _say)
     _attend(run, decided, detach, as_json, from_now=True)
 
@@ -188,13 +207,14 @@ def resume(word: str | None, storage: str, detach: bool, as_json: bool) -> None:
 @RUN
 @STORAGE
 @click.option("--timeout", "timeout_s", default=150.0, show_default=True, help="Longest wait for its end, in seconds.")
-def stop(word: str | None, storage: str, timeout_s: float) -> None:
+def stop(word: str | None, storage: str | None, cluster: Path | None, timeout_s: float) -> None:
     """Stop a run after a last checkpoint, and wait for its end."""
     from dtrain import api
 
-    run = _find(storage, word)
+    run = _find(storage, cluster, word)
     record = run.record
-    if record.ended:
+    if record.ended and record.state != "lost":
+        api.stop(run, "dtrain stop", timeout_s)
         click.echo(f"{run.id} has already ended: {record.state}")
         return
     record = api.stop(run, "dtrain stop", timeout_s)
@@ -208,19 +228,20 @@ def stop(word: str | None, storage: str, timeout_s: float) -> None:
 @click.command()
 @STORAGE
 @JSON
-def ps(storage: str, as_json: bool) -> None:
+def ps(storage: str | None, cluster: Path | None, as_json: bool) -> None:
     """List the runs and where they stand."""
     from dtrain import runs
     from dtrain.view import console, tables
 
-    listed = runs.list_runs(Path(storage))
+    where = _where(storage, cluster)
+    listed = runs.list_runs(where)
     if as_json:
         _echo_json([tables.facts(run) for run in listed])
     elif listed:
         out = console()
         out.print(tables.ps(listed, out.width))
     else:
-        click.echo(f"{storage}: no runs yet; `dtrain submit JOB` makes one", err=True)
+        click.echo(f"{where}: no runs yet; `dtrain submit JOB` makes one", err=True)
 
 
 @cli.section("Look")
@@ -229,19 +250,22 @@ def ps(storage: str, as_json: bool) -> None:
 @STORAGE
 @click.option("-f", "--follow", "follows", is_flag=True, help="Show it live until it has ended.")
 @JSON
-def status(word: str | None, storage: str, follows: bool, as_json: bool) -> None:
+def status(word: str | None, storage: str | None, cluster: Path | None, follows: bool, as_json: bool) -> None:
     """Tell the whole story of a run; -f shows it live.
 
     State and cause, attempts, checkpoints, paths."""
     from dtrain.view import console, tables
 
-    run = _find(storage, word)
+    run = _find(storage, cluster, word)
     if follows:
         _attend(run, run.plan, False, as_json, from_now=True)
-    elif as_json:
-        _echo_json({**tables.facts(run), "checkpoints": tables.checkpoints(run)})
+        return
+    sight = _sight(run)
+    if as_json:
+        seen = {} if sight is None else {"cluster": sight.model_dump()}
+        _echo_json({**tables.facts(run), "checkpoints": tables.checkpoints(run), **seen})
     else:
-        console().print(tables.status(run))
+        console().print(tables.status(run, sight))
 
 
 @cli.section("Look")
@@ -253,7 +277,15 @@ def status(word: str | None, storage: str, follows: bool, as_json: bool) -> None
 @click.option("--rank", type=click.IntRange(min=0), help="Only the log of this worker.")
 @click.option("--driver", "which", flag_value="driver", help="The log of the driver.")
 @click.option("--agent", "which", flag_value="agent", help="The logs of the agents, one a node.")
-def logs(word: str | None, storage: str, follows: bool, num_lines: int | None, rank: int | None, which: str) -> None:
+def logs(
+    word: str | None,
+    storage: str | None,
+    cluster: Path | None,
+    follows: bool,
+    num_lines: int | None,
+    rank: int | None,
+    which: str,
+) -> None:
     """Print what its workers printed, in all attempts."""
     from dtrain.view import logs as view
 
@@ -262,7 +294,12 @@ def logs(word: str | None, storage: str, follows: bool, num_lines: int | None, r
     pattern = (
         f"rank-{rank}.log" if rank is not None else "driver.log" if which == "driver" else f"{which or 'rank'}-*.log"
     )
-    view.show(_find(storage, word), pattern, sys.stdout.buffer, follows=follows, num_lines=num_lines)
+    run = _find(storage, cluster, word)
+    try:
+        view.show(run, pattern, sys.stdout.buffer, follows=follows, num_lines=num_lines)
+    except InputError:
+        if not view.from_cluster(run, pattern, sys.stdout.buffer, follows):
+            raise
 
 
 @cli.section("Look")
@@ -271,9 +308,9 @@ def logs(word: str | None, storage: str, follows: bool, num_lines: int | None, r
 @STORAGE
 @click.option("--all", "everything", is_flag=True, help="Every line; a screenful, evenly spread, when left out.")
 @JSON
-def metrics(word: str | None, storage: str, everything: bool, as_json: bool) -> None:
+def metrics(word: str | None, storage: str | None, cluster: Path | None, everything: bool, as_json: bool) -> None:
     """Show what a run measured, step by step."""
-    lines = _find(storage, word).metrics()
+    lines = _find(storage, cluster, word).metrics()
     if as_json:
         _echo_json(lines)
     elif lines:
@@ -296,9 +333,11 @@ def metrics(word: str | None, storage: str, everything: bool, as_json: bool) -> 
     "-t", "--temperature", default=0.8, show_default=True, type=click.FloatRange(0.0, 100.0), help="0 is greedy."
 )
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, another text.")
-def sample(word: str | None, storage: str, prompt: str, length: int, temperature: float, seed: int) -> None:
+def sample(
+    word: str | None, storage: str | None, cluster: Path | None, prompt: str, length: int, temperature: float, seed: int
+) -> None:
     """Let its newest checkpoint write, or draw, something."""
-    run = _find(storage, word)
+    run = _find(storage, cluster, word)
     from dtrain.models import Request
     from dtrain.training import gallery
     from dtrain.training.sample import generate  # torch takes seconds, a wrong name should not
@@ -352,6 +391,32 @@ def cluster_status(cluster: Path | None, overrides: tuple[str, ...], as_json: bo
 
 
 @cluster_group.section("Commands")
+@click.command("scale")
+@click.argument("nodes", type=click.IntRange(min=0))
+@CLUSTER
+@SET
+def cluster_scale(nodes: int, cluster: Path | None, overrides: tuple[str, ...]) -> None:
+    """Give it NODES nodes."""
+    place, backend = _place(cluster, overrides)
+    _offered(place, backend, "cluster_scale", "cannot be scaled by dtrain")(place.backend, nodes, _say)
+    click.echo(f"cluster {place.name} was asked for {nodes} node{'' if nodes == 1 else 's'}")
+
+
+@cluster_group.section("Commands")
+@click.command("doctor")
+@CLUSTER
+@SET
+@JSON
+def cluster_doctor(cluster: Path | None, overrides: tuple[str, ...], as_json: bool) -> None:
+    """Check whether it can take runs.
+
+    Permissions, what must be installed there, queues, storage, capacity."""
+    place, backend = _place(cluster, overrides)
+    examine = _offered(place, backend, "cluster_doctor", "has nothing to be asked; `dtrain doctor` checks this machine")
+    _findings(examine(place.backend), f"cluster {place.name}", as_json)
+
+
+@cluster_group.section("Commands")
 @click.command("down")
 @CLUSTER
 @SET
@@ -369,21 +434,40 @@ def doctor(as_json: bool) -> None:
     """Check whether this machine can train.
 
     Versions, devices, shared memory, ports, collectives, and a training step."""
-    from dataclasses import asdict
-
     from dtrain.doctor import examine
-    from dtrain.view import console
-    from dtrain.view import doctor as view
 
-    findings = examine(_say)
-    verdict = view.verdict(findings)
-    if as_json:
-        _echo_json([asdict(finding) for finding in findings])
-    else:
-        console().print(view.show(findings))
-    if any(finding.state == "problem" for finding in findings):
-        raise ClusterError(verdict)
-    _say(verdict)
+    _findings(examine(_say), "this machine", as_json)
+
+
+@cli.section("The cluster")
+@click.command()
+@STORAGE
+@click.option("--once", is_flag=True, help="Look once and end.")
+@click.option(
+    "--every", "every_s", default=15.0, show_default=True, type=click.FloatRange(1.0), help="Seconds between looks."
+)
+def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: float) -> None:
+    """Hand runs over again whose driver was lost.
+
+    Under the same name, from their newest valid checkpoint, as often as retry.driver allows."""
+    import time
+
+    from dtrain import supervise as watching
+    from dtrain.errors import StorageError
+
+    where = _where(storage, cluster)
+    place = _place(cluster, ())[0] if cluster is not None else None
+    _say(f"looking over the runs in {where}")
+    while True:
+        try:
+            watching.look_over(where, place, _say)
+        except StorageError as error:
+            if once:
+                raise
+            _say(error.message)  # storage that does not answer now may do so later
+        if once:
+            return
+        time.sleep(every_s)
 
 
 @cli.section("The cluster")
@@ -421,10 +505,70 @@ def _place(cluster: Path | None, overrides: tuple[str, ...]) -> "tuple[ClusterSp
     return place, component.load("backends", place.backend.name)
 
 
-def _find(storage: str, word: str | None) -> "Run":
+def _find(storage: str | None, cluster: Path | None, word: str | None) -> "Run":
     from dtrain import runs
 
-    return runs.find(Path(storage), word)
+    return runs.find(_where(storage, cluster), word)
+
+
+def _where(storage: str | None, cluster: Path | None) -> str:
+    """The storage that is meant: the one given, else that of the cluster file, else `runs`."""
+    if storage is not None or cluster is None:
+        return storage or "runs"
+    from dtrain.plan import storage_of
+    from dtrain.spec.load import load_cluster
+
+    return storage_of(load_cluster(cluster).storage)
+
+
+def _dry_run(decided: "Plan | ScriptPlan", name: str, with_server: bool) -> None:
+    from dtrain import api
+
+    backend = api.backend_of(decided)
+    submission = backend.render(decided, Path(decided.storage) / name)
+    if with_server:
+        if not hasattr(backend, "check"):
+            raise InputError(f"backend {decided.backend.name} has no server that checks; leave out =server")
+        for warning in backend.check(submission, decided.backend):
+            _say(f"warning: {warning}")
+    click.echo(submission.text())
+
+
+def _offered(place: "ClusterSpec", backend: "ModuleType", verb: str, otherwise: str) -> Any:
+    """What not every kind of cluster has. Raises `InputError`."""
+    if not hasattr(backend, verb):
+        raise InputError(f"cluster {place.name} ({place.backend.name}) {otherwise}")
+    return getattr(backend, verb)
+
+
+def _sight(run: "Run") -> "Sight | None":
+    """What the cluster says of a run that its folder says little of; that it cannot be asked is no error here."""
+    if run.record.state not in ("queued", "starting", "lost"):
+        return None
+    from dtrain import api
+    from dtrain.backends import Sight
+
+    try:
+        return api.sight_of(run, run.plan)
+    except ClusterError as error:
+        return Sight(phase="queued", why=f"its cluster cannot be asked: {error.message}")
+
+
+def _findings(findings: "Sequence[Finding]", what: str, as_json: bool) -> None:
+    """Print what a doctor found. Raises `ClusterError` when there is a problem."""
+    from dataclasses import asdict
+
+    from dtrain.view import console
+    from dtrain.view import doctor as view
+
+    verdict = view.verdict(findings, what)
+    if as_json:
+        _echo_json([asdict(finding) for finding in findings])
+    else:
+        console().print(view.show(findings))
+    if any(finding.state == "problem" for finding in findings):
+        raise ClusterError(verdict)
+    _say(verdict)
 
 
 def _attend(run: "Run", decided: "Plan | ScriptPlan", detach: bool, as_json: bool, from_now: bool = False) -> None:
@@ -433,7 +577,19 @@ def _attend(run: "Run", decided: "Plan | ScriptPlan", detach: bool, as_json: boo
     if detach:
         attend.leave(run, as_json)
     else:
-        sys.exit(attend.follow(run, decided, as_json, from_now))
+        code = attend.follow(run, decided, as_json, from_now)
+        while code == ClusterError.exit_code and _revived(run):
+            code = attend.follow(run, decided, as_json, from_now=True)
+        sys.exit(code)
+
+
+def _revived(run: "Run") -> bool:
+    """Whether a run that was lost while somebody followed it goes on."""
+    if run.record.state != "lost":
+        return False
+    from dtrain import supervise
+
+    return supervise.revive(run, _say)
 
 
 def _say(text: str) -> None:

@@ -24,6 +24,7 @@ from dtrain import component, fingerprint
 from dtrain.backends import DRIVER, Submission
 from dtrain.errors import ClusterError
 from dtrain.machine import probe
+from dtrain.storage import is_remote
 
 if TYPE_CHECKING:
     from dtrain.plan import AnyPlan
@@ -42,6 +43,14 @@ class Options(component.Options):
 
     home: str = Field(default="~/.dtrain", min_length=1, max_length=1024)
     """Folder that holds what belongs to the embedded cluster: its record, token and logs."""
+
+    def check_storage(self, storage: str) -> None:
+        """Raises `ValueError` for a bucket."""
+        if is_remote(storage):
+            raise ValueError(
+                f"{storage} is a bucket, and the cluster on this machine keeps runs in a folder: name one,"
+                " or a cluster that keeps runs in buckets (ray_jobs, kuberay)"
+            )
 
 
 Say = Callable[[str], None]

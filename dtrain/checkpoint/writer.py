@@ -16,20 +16,19 @@ from typing import Any
 
 import torch
 
-from dtrain.checkpoint import store
+from dtrain.checkpoint import shelf
 from dtrain.checkpoint.snapshot import segments
 from dtrain.errors import StorageError
 from dtrain.messages import receive, send
 from dtrain.spec.job import Keep
-
-PARTS_TIMEOUT_S = 600.0
 
 
 def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
     torch.set_num_threads(1)
     torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 says more, and a sum is time of a core
     channel = socket.socket(fileno=descriptors[0])
-    folder, keep = Path(args["folder"]), Keep.model_validate(args["keep"])
+    keep = Keep.model_validate(args["keep"])
+    shelved = shelf.of(Path(args["folder"]), args.get("away"))
     node, num_nodes = args["node"], args["num_nodes"]
     while (request := receive(channel)) is not None:
         step = request["step"]
@@ -39,17 +38,15 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
             if {segment.step for segment in held} != {step}:
                 raise StorageError(f"the snapshot holds step {', '.join(str(s.step) for s in held)}, not {step}")
             pieces = [piece for segment in held for piece in segment.pieces()]
-            deleted: list[int] = []
-            if node:
-                size = store.write_part(store.part_of(folder, step, node, request["attempt"]), pieces)
-            else:
-                is_shared = num_nodes > 1 and not Path(args["snapshot"]).exists()
-                others = range(1, num_nodes) if is_shared else ()
-                parts = [store.part_of(folder, step, other, request["attempt"]) for other in others]
-                store.await_parts(parts, PARTS_TIMEOUT_S)
-                facts = {"metrics": request["metrics"], "num_workers": args["num_workers"], "data": request["data"]}
-                size = store.write(folder, step, pieces, facts, parts)
-                deleted = store.prune(folder, keep)
+            is_shared = num_nodes > 1 and not Path(args["snapshot"]).exists()
+            part = shelf.Part(step, request["attempt"], node, num_nodes if is_shared else 1)
+            facts = {
+                "metrics": request["metrics"],
+                "num_workers": args["num_workers"],
+                "data": request["data"],
+                "written_at": time.time(),
+            }
+            size, deleted = shelved.put(part, pieces, facts, keep)
             seconds = round(time.monotonic() - started, 3)
             send(channel, {"written": step, "bytes": size, "seconds": seconds, "deleted": deleted})
         except StorageError as error:

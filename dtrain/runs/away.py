@@ -24,7 +24,7 @@ from dtrain.runs.folder import Run
 from dtrain.runs.growing import Growing, file_of, grows
 from dtrain.runs.record import Record
 from dtrain.storage import Conflict, NotThere, Storage
-from dtrain.storage.lease import COMMITTED, Lease, is_owned
+from dtrain.storage.lease import COMMITTED, Lease, is_owned, standing
 
 NUM_READERS = 32
 FRESH_S = 5.0
@@ -171,11 +171,13 @@ class RemoteRun(Run):
 
     # -- the lease -----------------------------------------------------------------------------------------
 
-    def acquire(self, succeeding: int | None = None) -> int:
+    def acquire(self, is_dead: bool = False) -> int:
         """Own the run for a moment, as a client does who requeues or ends it.
 
-        `succeeding` is the token of an owner that is known to be dead. There is no descriptor to hand on: -1.
+        Of an owner that is known to be dead the lease is taken at once. There is no descriptor to hand on: -1.
         """
+        found = standing(self.storage, self.id) if is_dead else None
+        succeeding = found.token if found is not None else None
         lease = Lease(self.storage, self.id, f"pid {os.getpid()} on {socket.gethostname()}")
         lease.acquire(succeeding=succeeding, renews=False)
         self._owning = lease

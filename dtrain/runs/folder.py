@@ -23,8 +23,8 @@ LEASE_PATIENCE_S = 1.0
 class Run:
     """One run folder. Reading never locks; only the holder of the lease writes the record."""
 
-    poll_s = 0.15
-    """Seconds between two looks of somebody who follows it."""
+    poll_s = 0.0
+    """Least time between two looks of somebody who follows it: what storage bears."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -48,6 +48,9 @@ class Run:
 
     def refresh(self, *names: str) -> None:
         """Bring files of `path`, or folders (`logs/`), up to date with storage; nothing to do where that is it."""
+
+    def fetch_checkpoint(self, name: str) -> None:
+        """Bring a whole checkpoint to `path`; nothing to do where it is there."""
 
     @property
     def checkpoints(self) -> Path:
@@ -192,24 +195,57 @@ class Run:
             with self.owned():
                 if self.stored_record().state != "queued":
                     return False
-                self.update(
-                    state=state,
-                    cause=cause,
-                    error_kind=error.kind,
-                    error=error.message,
-                    exit_code=error.exit_code,
-                    ended_at=time.time(),
-                )
+                self._end(state, cause, error)
                 return True
         except StorageError:
             return False
 
+    def put_back(self, why: str) -> bool:
+        """Make a run under way, whose driver is known to be dead, ready for another one.
+
+        False when it has ended meanwhile. Raises `StorageError` when a driver has it all the same.
+        """
+        with self.owned(is_dead=True):
+            record = self.stored_record()
+            if record.ended:
+                return False
+            attempts = list(record.attempts)
+            if attempts and attempts[-1].ended_at is None:
+                facts = {"ended_at": time.time(), "cause": why, "last_step": self.latest().get("step")}
+                attempts[-1] = attempts[-1].model_copy(update=facts)
+            self.event("driver-lost", message=f"{why}: the run is handed over again")
+            self.update(
+                state="queued",
+                cause=f"handed over again: {why}",
+                driver_pid=None,
+                submissions=record.submissions + 1,
+                attempts=tuple(attempts),
+            )
+            return True
+
+    def end_dead(self, error: DtrainError) -> None:
+        """End a run under way whose driver is known to be dead. Raises `StorageError` when one has it all the same."""
+        with self.owned(is_dead=True):
+            if not self.stored_record().ended:
+                self._end("failed", error.message, error)
+
+    def _end(self, state: State, cause: str, error: DtrainError) -> None:
+        self.update(
+            state=state,
+            cause=cause,
+            error_kind=error.kind,
+            error=error.message,
+            exit_code=error.exit_code,
+            ended_at=time.time(),
+        )
+
     # -- the lease ---------------------------------------------------------------------------------------
 
-    def acquire(self) -> int:
+    def acquire(self, is_dead: bool = False) -> int:
         """Become the run's one owner until this process, and whoever inherits the descriptor, has ended.
 
-        Returns the descriptor to hand to the agent. Raises `StorageError` when somebody else owns the run.
+        Returns the descriptor to hand to the agent. That its owner is known to be dead (`is_dead`) changes nothing: it
+        then holds no lock. Raises `StorageError` when somebody else owns the run.
         """
         descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + LEASE_PATIENCE_S
@@ -238,9 +274,9 @@ class Run:
         return self._lease is not None
 
     @contextlib.contextmanager
-    def owned(self) -> Iterator[None]:
+    def owned(self, is_dead: bool = False) -> Iterator[None]:
         """Own the run for as long as the block lasts. Raises `StorageError` when somebody else owns it."""
-        self.acquire()
+        self.acquire(is_dead)
         try:
             yield
         finally:

@@ -7,12 +7,15 @@ The first node's agent leads: it decides about retries, writes metrics, events a
     {"hello": node}                                          {"store": [host, port]}   to followers
     {"store": [host, port]}   the leader's                   {"stop": who}
     {"record": {...}}         changes of the run's record
+    {"event": {...}}          for the driver to note, where this node does not see the run's folder
+    {"preempted": node}       this node is about to go away
     {"end": {...}}            how it all came out
 """
 
 import contextlib
 import os
 import selectors
+import signal
 import subprocess
 import time
 import traceback
@@ -26,9 +29,9 @@ import torch
 
 from dtrain import code
 from dtrain.checkpoint import shared_memory as shared
-from dtrain.checkpoint import store
+from dtrain.checkpoint import shelf, store
 from dtrain.checkpoint.snapshot import held_step
-from dtrain.errors import ClusterError, DtrainError, Stopped, from_kind
+from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
 from dtrain.messages import pair, receive
 from dtrain.plan import Plan, ScriptPlan
 from dtrain.runs import Attempt as AttemptRecord
@@ -43,6 +46,8 @@ from dtrain.runtime.zygote import Zygote
 REPORT_TIMEOUT_S = 30.0
 STORE_TIMEOUT_S = 600.0
 LAST_CHECKPOINT_S = 300.0
+LATEST_EVERY_S = 5.0
+"""Time between two readings that are put into the record of a run in a bucket, for those who list runs."""
 ORPHANED = "the driver is gone"
 
 
@@ -50,6 +55,8 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     """Entry of an agent. `descriptors` holds the run's lease where the host could pass it on."""
     torch.set_num_threads(1)
     agent = Agent(args)
+    if args.get("is_placed"):
+        signal.signal(signal.SIGTERM, lambda *_: agent.notice_preemption())
     try:
         agent.run()
     except DtrainError as error:
@@ -86,6 +93,12 @@ class Agent:
     def __init__(self, args: Mapping[str, Any]) -> None:
         self.run_folder = Run(Path(args["run"]))
         self.is_orphaned = False
+        self._away: Mapping[str, Any] | None = args.get("away")
+        """The run's storage, id and owner's token, where that is a bucket and the folder this node's own."""
+        self._shelf = shelf.of(self.run_folder.checkpoints, self._away)
+        self._is_preempted = False
+        self._latest: dict[str, Any] = {}
+        self._next_latest = 0.0
         self._plan: Plan | ScriptPlan = self.run_folder.plan
         self._code = dict(self._plan.code)
         """The user's own files, and the hash of each as it was when it was last looked at."""
@@ -123,7 +136,14 @@ class Agent:
             agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
         )
         self._writer = CheckpointWriter(
-            self.run_folder, self._plan, self._number, self._node.snapshot_path, self._selector, self._free_snapshot
+            self.run_folder,
+            self._plan,
+            self._number,
+            self._node.snapshot_path,
+            self._selector,
+            self._free_snapshot,
+            self._note,
+            self._away,
         )
         self._began = 0.0
         """When the attempt began, seconds since 1970."""
@@ -188,7 +208,7 @@ class Agent:
             order = self._await_order(number)
             if "end" in order:
                 return
-            report = self._try(number, order["restore"])
+            report = self._try(number, self._on_this_node(order["restore"]))
             if report.outcome is None:
                 failures = [asdict(f) for f in report.failures]
                 self._node.agreement.submit(number, {"failures": failures, "snapshot_step": report.snapshot_step})
@@ -256,18 +276,28 @@ class Agent:
         if isinstance(self._plan, ScriptPlan):
             self._script_store = rendezvous.serve_store(self._node.store_host)
             return {"from": "script", "step": 0, "host": self._node.store_host, "port": self._script_store.port}
-        committed = store.steps(self.run_folder.checkpoints)
+        committed = self._shelf.steps()
         step = self._held_step()
         if step is not None and step >= max(committed, default=0) and (self._holds_all or self._peer_steps == {step}):
             return {"from": "snapshot", "step": step, "node": self._number}
         rejected: list[str] = []
-        found = store.newest_valid(self.run_folder.checkpoints, rejected.append)
+        found = self._shelf.newest_valid(rejected.append)
         for sentence in rejected:
             self._event("checkpoint-rejected", sentence)
         if found is None:
             return {"from": "scratch", "step": 0}
         path, manifest = found
         return {"from": "checkpoint", "step": manifest["step"], "path": str(path), "data": manifest.get("data", "")}
+
+    def _on_this_node(self, restore: dict[str, Any]) -> dict[str, Any]:
+        """What the first node restores, with the copy that this node has made of it."""
+        if restore["from"] != "checkpoint" or self._away is None:
+            return restore
+        found = self._shelf.newest_valid(print)  # the first node has said it to everybody
+        if found is None or found[1]["step"] != restore["step"]:
+            got = f"the newest is of step {found[1]['step']}" if found else "there is none"
+            raise StorageError(f"node {self._number} does not find the checkpoint of step {restore['step']}: {got}")
+        return {**restore, "path": str(found[0])}
 
     def _await_store(self) -> tuple[str, int]:
         """Follower: where the leader's store is, as the driver passes it on."""
@@ -313,8 +343,7 @@ class Agent:
             self._end_record(None, step)
             self.end({"state": "succeeded", "cause": "the script came to its end on every worker", "outcome": outcome})
             return
-        committed = store.steps(self.run_folder.checkpoints)
-        if step not in committed:
+        if step not in self._shelf.steps():
             reason = self._writer.last_failure or "it was not committed"
             text = f"training is done, but its last checkpoint could not be written ({reason}); free space and resume"
             self._end_record(None, step)
@@ -333,7 +362,7 @@ class Agent:
         """Put the snapshot on storage when it is newer than every checkpoint: no work is lost by an early end."""
         self._await_writer()
         step = self._held_step()
-        newest = max(store.steps(self.run_folder.checkpoints), default=0)
+        newest = max(self._shelf.steps(), default=0)
         if step is not None and step > newest and self._holds_all:
             self._write_checkpoint(step, {})
             self._await_writer()
@@ -348,7 +377,7 @@ class Agent:
 
     def _stopped(self, step: int) -> None:
         self._keep_snapshot()
-        newest = max(store.steps(self.run_folder.checkpoints), default=None)
+        newest = max(self._shelf.steps(), default=None)
         where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
         cause = f"stopped by {self._stop} at step {step}, {where}"
         if isinstance(self._plan, ScriptPlan):
@@ -371,6 +400,8 @@ class Agent:
 
     def end(self, result: Mapping[str, Any]) -> None:
         """Say how it came out, once."""
+        if self._latest:
+            self._tell_latest()
         if self._is_leader and getattr(self, "_node", None) is not None:
             self._node.agreement.announce(len(self._attempts) + 1, {"end": True})
         self._tell({"end": dict(result)})
@@ -415,7 +446,17 @@ class Agent:
 
     def _event(self, event: str, message: str, **fields: Any) -> None:
         if self._is_leader:
-            self.run_folder.event(event, message=message, **fields)
+            self._note(event, message=message, **fields)
+
+    def _note(self, event: str, **fields: Any) -> None:
+        if self._away is None:
+            self.run_folder.event(event, **fields)
+        else:
+            self._tell({"event": {"kind": event, "time": round(time.time(), 3), **fields}})
+
+    def notice_preemption(self) -> None:
+        """This node is about to go away; told to the driver at the next turn, since a signal may come at any time."""
+        self._is_preempted = True
 
     # -- ranks and the writer ------------------------------------------------------------------------------------
 
@@ -439,9 +480,20 @@ class Agent:
                 self._attempt.control.writing_step = 0
         elif "metrics" in message and self._scribe is not None:
             self._scribe.write(len(self._attempts), message["metrics"])
+            self._take_latest(message["metrics"])
         elif "picture" in message and self._scribe is not None:
             self._picture = message["picture"]["file"]
             self._scribe.show(self.run_folder.samples / self._picture, message["picture"]["step"])
+
+    def _take_latest(self, metrics: Mapping[str, Any]) -> None:
+        if self._away is not None and "held_out" not in metrics:
+            self._latest = dict(metrics)
+            if time.monotonic() >= self._next_latest:
+                self._tell_latest()
+
+    def _tell_latest(self) -> None:
+        self._next_latest = time.monotonic() + LATEST_EVERY_S
+        self._tell({"record": {"latest": self._latest}})
 
     def _write_checkpoint(self, step: int, held_out: Mapping[str, float]) -> None:
         self._writer.write(self._zygote, step, self._attempt_number, held_out, self._data)
@@ -458,6 +510,9 @@ class Agent:
     def _turn(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
             key.data()
+        if self._is_preempted:
+            self._is_preempted = False
+            self._tell({"preempted": self._number})
 
     def _turn_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

@@ -5,6 +5,9 @@ driver waits, already connected, for the next run, so that a submit does not pay
 
     python -m dtrain.runtime --run FOLDER ...              drive this run
     python -m dtrain.runtime --wait ...                    wait in the cluster's folder for the next one
+
+On other clusters `dtrain.runtime.remote` starts it: there somebody submits the run again when its driver is lost, so
+one that has to leave, leaves the run under way.
 """
 
 import argparse
@@ -23,7 +26,7 @@ import traceback
 from collections.abc import Sequence
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dtrain import fingerprint
 from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
@@ -44,7 +47,7 @@ LAST_WORDS_S = 120.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = _arguments(argv)
+    arguments = arguments_of(argv)
     command = [sys.executable, "-m", "dtrain.runtime", *_common(arguments)]
     waiting_command = [*command, "--wait"]
     until = _watch(arguments.until)
@@ -52,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run_path = arguments.run
     try:
         if arguments.wait:
-            ray = _join(arguments, "waiting for a run", until)
+            ray = join(arguments, "waiting for a run", until)
             Zygote.connect(arguments.folder, arguments.until).close()
             run_path = _await_run(arguments.folder, until)
             if run_path is None:
@@ -77,11 +80,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         os._exit(0)  # Ray's own shutdown takes a second, and longer when its head is gone
 
 
+class Away(Protocol):
+    """What a driver knows of a storage that its run's folder is carried to."""
+
+    agent_args: dict[str, Any]
+    """Storage, id and owner's token, for the agents."""
+
+    def leave_if_lost(self) -> None:
+        """End this process when somebody else owns the run."""
+
+    def hurry(self) -> None:
+        """Carry what was just written."""
+
+
 class Driver:
     """Drives one run from its lease to its end."""
 
-    def __init__(self, run: Run, arguments: argparse.Namespace, command: list[str], until: int) -> None:
+    def __init__(
+        self, run: Run, arguments: argparse.Namespace, command: list[str], until: int, away: Away | None = None
+    ) -> None:
         self._run, self._arguments, self._command, self._until = run, arguments, command, until
+        self._away = away
+        self._is_told_to_leave = False
+        """By the cluster: the run is to go on elsewhere."""
+        self._preempted: str | None = None
+        """Which nodes are about to go away."""
         self._plan: AnyPlan = run.plan
         self._attempts: list[dict[str, Any]] = []
         self._agents: dict[int, Connection] = {}
@@ -98,25 +121,29 @@ class Driver:
     def drive(self, ray: Any) -> None:
         """Run to the end; whatever happens is in the record before this returns."""
         self._lease = self._acquire() if self._arguments.lease is None else self._run.adopt(self._arguments.lease)
-        signal.signal(signal.SIGTERM, lambda *_: self._ask_to_stop("the cluster, which is being taken down"))
+        signal.signal(signal.SIGTERM, lambda *_: self._leave())
         record = self._run.stored_record()
         if record.state in ENDED:
             return
         self._attempts = [a.model_dump() for a in record.attempts]
+        again = self._arguments.again or (self._arguments.placed and record.driver_pid is not None)
+        if again and not self._arguments.again:
+            self._run.event("driver-lost", message=f"the driver before this one (pid {record.driver_pid}) is gone")
+            self._close_attempt(Failure("agent", "the driver was lost", self._step()), is_failure=False)
         self._update(driver_pid=os.getpid(), state="queued", cause="waiting for resources", ended_at=None)
-        if self._arguments.again:
+        if again:
             self._update(submissions=record.submissions + 1)
         marker = self._arguments.folder / "drivers" / str(os.getpid())
         try:
             marker.parent.mkdir(exist_ok=True)
             marker.write_text(str(self._run.path))
-            if self._arguments.again:
+            if again:
                 self._check_budget()
             if self._arguments.turn is not None:
                 threading.Thread(target=self._reserve_behind, args=(self._arguments.turn,), daemon=True).start()
                 self._host(None)
             elif self._await_turn():
-                ray = ray or _join(self._arguments, self._run.id, self._until)
+                ray = ray or join(self._arguments, self._run.id, self._until)
                 self._reservation = Reservation(ray, self._plan, self._run.id)
                 if self._await_resources(self._reservation):
                     self._host(self._reservation)
@@ -207,8 +234,7 @@ class Driver:
 
     def _host(self, reservation: Reservation | None) -> None:
         secret = secrets.token_bytes(32)
-        address = self._arguments.address.rpartition(":")[0]
-        listener = Listener((address, 0), backlog=64, authkey=secret)
+        listener = Listener((self._address(), 0), backlog=64, authkey=secret)
         threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
         earlier = [_failure_of(a) for a in self._attempts if a["failure"]]
         try:
@@ -220,6 +246,11 @@ class Driver:
                     host.close()
                 if lost is None:
                     return
+                if self._preempted is not None:
+                    cause, self._preempted = f"stopped for {self._preempted}", None
+                    self._close_attempt(Failure("agent", cause, lost.step), is_failure=False)
+                    self._update(state="recovering", cause=cause)
+                    continue
                 decision = retry.decide(lost, earlier, self._plan.retry)
                 earlier.append(lost)
                 self._close_attempt(lost)
@@ -231,6 +262,14 @@ class Driver:
         finally:
             listener.close()
 
+    def _address(self) -> str:
+        """Where agents reach this process: on the head's own machine, unless Ray Train places them."""
+        if not self._arguments.placed:
+            return str(self._arguments.address.rpartition(":")[0])
+        from ray.util import get_node_ip_address
+
+        return str(get_node_ip_address())
+
     def _make_host(self, reservation: Reservation | None, address: Any, secret: bytes) -> AgentHost:
         args = {
             "run": str(self._run.path),
@@ -240,7 +279,9 @@ class Driver:
             "host": address[0],
         }
         self._agents, self._store, self._is_stop_sent = {}, None, False
-        if self._plan.workers.num_nodes > 1:
+        if self._away is not None:
+            args["away"] = self._away.agent_args
+        if self._arguments.placed or self._plan.workers.num_nodes > 1:
             assert reservation is not None
             return PlacedHost(args, self._plan, reservation)
         args["driver_command"] = self._command
@@ -258,9 +299,10 @@ class Driver:
                 if agent in ready:
                     self._read(key, agent)
             self._look_around()
-            if self._stop is not None and 0 in self._agents and not self._is_stop_sent:
+            if self._stop_reason is not None and 0 in self._agents and not self._is_stop_sent:
                 self._is_stop_sent = True
-                self._update(state="stopping", cause=f"stopping: asked by {self._stop}")
+                if self._stop is not None:
+                    self._update(state="stopping", cause=f"stopping: asked by {self._stop}")
                 for agent in self._agents.values():
                     self._send_stop(agent)
             if self._end is not None and not host.is_alive():
@@ -291,6 +333,10 @@ class Driver:
             for node, follower in self._agents.items():
                 if node > 0:
                     follower.send({"store": self._store})
+        elif "event" in message:
+            self._run.event(**message["event"])
+        elif "preempted" in message:
+            self._preempt(f"node {message['preempted']}")
         elif "record" in message:
             changes = message["record"]
             if "attempts" in changes:
@@ -302,11 +348,22 @@ class Driver:
                 changes.pop("state", None)
             self._update(**changes)
         elif "end" in message and (self._end is None or key == 0):
-            self._end = message["end"]
+            moves = self._preempted is not None and self._stop is None and message["end"]["state"] == "stopped"
+            if not moves:
+                self._end = message["end"]
+
+    @property
+    def _stop_reason(self) -> str | None:
+        return self._stop or self._preempted
+
+    def _preempt(self, what: str) -> None:
+        """The agents put the state on storage and end, and others go on elsewhere."""
+        self._preempted = self._preempted or f"the notice that {what} goes away"
+        self._run.event("preempted", message=f"{what} is about to go away: a checkpoint, then on elsewhere")
 
     def _send_stop(self, agent: Connection) -> None:
         with contextlib.suppress(OSError):
-            agent.send({"stop": self._stop})
+            agent.send({"stop": self._stop_reason})
 
     def _accept(self, listener: Listener) -> None:
         while True:
@@ -324,6 +381,8 @@ class Driver:
         if now < self._next_check:
             return
         self._next_check = now + (HEAD_CHECK_S if self._cluster_lost else 0.2)
+        if self._away is not None:
+            self._away.leave_if_lost()
         if self._stop is None and (who := self._run.stop_requested) is not None:
             self._stop = who
         if self._cluster_lost is None and not self._head_is_there():
@@ -338,21 +397,22 @@ class Driver:
     def _head_is_there(self) -> bool:
         return _is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
 
-    def _ask_to_stop(self, who: str) -> None:
-        self._stop = self._stop or who
+    def _leave(self) -> None:
+        self._is_told_to_leave = self._stop is None
+        self._stop = self._stop or "the cluster, which is being taken down"
 
     # -- the record ------------------------------------------------------------------------------------------
 
     def _step(self) -> int:
-        lines = self._run.metrics()[-1:]
-        return int(lines[0].get("step", 0)) if lines else 0
+        lines = self._run.metrics()[-1:] or [self._run.stored_record().latest]
+        return int(lines[0].get("step", 0))
 
-    def _close_attempt(self, failure: Failure) -> None:
+    def _close_attempt(self, failure: Failure, is_failure: bool = True) -> None:
         if self._attempts and self._attempts[-1]["ended_at"] is None:
             self._attempts[-1] |= {
                 "ended_at": time.time(),
                 "cause": failure.cause,
-                "failure": failure.kind,
+                "failure": failure.kind if is_failure else None,
                 "last_step": failure.step,
             }
             self._update(attempts=tuple(AttemptRecord.model_validate(a) for a in self._attempts))
@@ -362,9 +422,16 @@ class Driver:
             self._run.update(**changes)
         except StorageError as error:  # a full disk must not end the run
             print(error.message, file=sys.stderr)
+        if self._away is not None and "state" in changes:
+            self._away.hurry()
 
     def _finish(self) -> None:
         end = self._end or {"state": "failed", "error_kind": "internal", "cause": "the driver ended without a result"}
+        must_leave = self._is_told_to_leave or self._cluster_lost
+        if self._arguments.placed and must_leave and end["state"] == "stopped":
+            # Whoever submitted the run sees that it is not over, and that nobody drives it.
+            self._update(state="recovering", cause=end["cause"])
+            return
         if self._cluster_lost and end["state"] == "stopped":
             cause = f"{self._cluster_lost}; `dtrain resume {self._run.id}` goes on"
             end = {**end, "state": "failed", "error_kind": "cluster", "error": cause, "cause": cause}
@@ -389,7 +456,7 @@ class Driver:
                 return
 
 
-def _join(arguments: argparse.Namespace, name: str, until: int) -> Any:
+def join(arguments: argparse.Namespace, name: str, until: int) -> Any:
     """Connect to Ray, whose client would try for minutes to reach a head that has ended meanwhile.
 
     In a thread, where it also leaves this process's signal handlers alone. Raises `ClusterError`.
@@ -463,7 +530,7 @@ def _failure_of(attempt: dict[str, Any]) -> Failure:
     return Failure(attempt["failure"], attempt["cause"] or "", attempt["last_step"] or 0)
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Drive a run.")
     parser.add_argument("--run", type=Path, help="the run folder")
     parser.add_argument("--wait", action="store_true", help="wait for a run to be handed over")
@@ -472,6 +539,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, required=True, help="folder of sockets on this node")
     parser.add_argument("--until", type=int, default=0, help="process not to outlive")
     parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
+    parser.add_argument("--placed", action="store_true", help="let Ray Train place the agents, also of one node")
     parser.add_argument("--lease", type=int, help="descriptor of the run's lease, inherited")
     parser.add_argument("--turn", type=int, help="descriptor of the lock that lets this run begin before Ray is up")
     parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")

@@ -1,7 +1,8 @@
-"""Who hosts the agents: whoever already holds the node: the driver on one node, Ray Train's workers on several."""
+"""Who hosts the agents: whoever already holds the node: the driver on this machine, Ray Train's workers elsewhere."""
 
+import contextlib
 import os
-import tempfile
+import signal
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,8 +10,11 @@ from typing import Any, Protocol
 
 from dtrain.checkpoint.shared_memory import prefix
 from dtrain.plan import AnyPlan
+from dtrain.runtime.own_folder import base, is_going
 from dtrain.runtime.reservation import Reservation
 from dtrain.runtime.zygote import Child, Zygote
+
+GOING_CHECK_S = 1.0
 
 
 class AgentHost(Protocol):
@@ -52,7 +56,7 @@ class EmbeddedHost:
 
 
 class PlacedHost:
-    """Several nodes: Ray Train v2 places one worker a node, and that worker hosts the node's agent."""
+    """Other nodes: Ray Train v2 places one worker on each, and that worker hosts the node's agent."""
 
     def __init__(self, args: Mapping[str, Any], plan: AnyPlan, reservation: Reservation) -> None:
         self._problem = ""
@@ -108,20 +112,31 @@ def host_on_node(args: dict[str, Any]) -> None:
     """What Ray Train's worker runs on each node: start the node's zygote, fork the agent, stay until it has ended."""
     from ray import train, util
 
+    from dtrain.runtime.on_node import OnNode
+
     node = train.get_context().get_world_rank()
-    folder = Path(tempfile.gettempdir()) / f"dtrain-{os.getuid()}" / f"node-{os.getppid()}"
+    folder = base() / f"node-{os.getppid()}"
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
     zygote = Zygote.connect(folder, until)
-    args = {**args, "node": node, "host": util.get_node_ip_address()}
-    # Ray Train ends a worker without asking: its agent must go with it, or two would lead the run.
-    child = fork_agent(zygote, args, folder, until, [], outlive=False)
-    try:
-        while zygote.wait(child, 3600.0) is None:
-            pass
+    args = {**args, "node": node, "host": util.get_node_ip_address(), "is_placed": True}
+    with contextlib.ExitStack() as stack:
+        locks = []
+        if "away" in args:
+            here = stack.enter_context(OnNode(args["away"], node))
+            args["run"] = str(here.path)
+            locks = [here.lock]
+        # Ray Train ends a worker without asking: its agent must go with it, or two would lead the run.
+        child = fork_agent(zygote, args, folder, until, locks, outlive=False)
+        try:
+            is_told = False
+            while zygote.wait(child, GOING_CHECK_S) is None:
+                if not is_told and is_going():
+                    is_told = True
+                    child.kill(signal.SIGTERM)
+        finally:
+            child.kill()
         if child.status:
             raise RuntimeError(f"the agent of node {node} {_ending(child.status)}")
-    finally:
-        child.kill()
 
 
 def fork_agent(

@@ -6,6 +6,7 @@ import selectors
 import socket
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from dtrain.messages import pair, receive, send
 from dtrain.plan import AnyPlan, Plan
@@ -17,7 +18,10 @@ NICE = 5
 
 
 class CheckpointWriter:
-    """At most one snapshot is being written; `on_free` is called when the snapshot may be overwritten again."""
+    """At most one snapshot is being written.
+
+    `on_free` is called when it may be overwritten again, `tell` takes events. `away` is what `shelf.of` takes.
+    """
 
     def __init__(
         self,
@@ -27,8 +31,10 @@ class CheckpointWriter:
         snapshot: Path,
         selector: selectors.BaseSelector,
         on_free: Callable[[], None],
+        tell: Callable[..., None],
+        away: Mapping[str, Any] | None,
     ) -> None:
-        self._run, self._selector, self._on_free = run, selector, on_free
+        self._run, self._selector, self._on_free, self._tell = run, selector, on_free, tell
         self._is_leader = node == 0
         self._args = {
             "node": node,
@@ -38,6 +44,7 @@ class CheckpointWriter:
             "keep": plan.checkpoint.keep.model_dump() if isinstance(plan, Plan) else {},
             "snapshot": str(snapshot),
             "num_workers": plan.workers.total,
+            "away": away,
         }
         self._process: tuple[Child, socket.socket] | None = None
         self.step = 0
@@ -68,7 +75,7 @@ class CheckpointWriter:
 
     def _start(self, zygote: Zygote) -> tuple[Child, socket.socket]:
         ours, theirs = pair()
-        with open(self._run.logs / "writer.log", "ab") as log:
+        with open(self._run.logs / f"writer-{self._args['node']}.log", "ab") as log:
             entry = "dtrain.checkpoint.writer:main"
             child = zygote.fork(entry, self._args, [theirs.fileno()], log.fileno(), "writer", nice=NICE)
         theirs.close()
@@ -85,13 +92,13 @@ class CheckpointWriter:
         else:
             if self._is_leader:
                 text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
-                self._run.event("checkpoint", message=text, **said)
+                self._tell("checkpoint", message=text, **said)
             self.last_failure = ""
             self._free()
 
     def _fail(self, step: int, reason: str) -> None:
         text = f"checkpoint of step {step} failed: {reason}; the one before stays valid, training goes on"
-        self._run.event("checkpoint-failed", message=text, step=step)
+        self._tell("checkpoint-failed", message=text, step=step)
         self.last_failure = reason
         self._free()
 

@@ -52,7 +52,7 @@ def leave(run: Run, as_json: bool, hint_only: bool = False) -> None:
         click.echo(json.dumps(tables.facts(run), indent=2))
     elif not hint_only:
         click.echo(run.id)
-    name = words.called(run.path)
+    name = words.called(run.where)
     hint = f"{run.id} goes on without you: `dtrain status {name} -f` shows it, `dtrain stop {name}` stops it"
     click.echo(hint, err=True)
 

@@ -26,10 +26,10 @@ def show(findings: "Sequence[Finding]") -> RenderableType:
     return table
 
 
-def verdict(findings: "Sequence[Finding]") -> str:
-    """One sentence: how many of what, and whether this machine can train."""
+def verdict(findings: "Sequence[Finding]", what: str = "this machine") -> str:
+    """One sentence: how many of what, and whether `what` can train."""
     counts = {state: sum(finding.state == state for finding in findings) for state in ("problem", "warning")}
     counted = [f"{n} {state}{'s' if n > 1 else ''}" for state, n in counts.items() if n]
     if counts["problem"]:
-        return f"this machine cannot train as it is: {', '.join(counted)} above, each with its remedy"
-    return f"this machine can train{f' ({counted[0]} above)' if counted else ''}"
+        return f"{what} cannot train as it is: {', '.join(counted)} above, each with its remedy"
+    return f"{what} can train{f' ({counted[0]} above)' if counted else ''}"

@@ -83,12 +83,14 @@ class Reader:
     """What is new in a run folder since the last look."""
 
     def __init__(self, run: runs.Run) -> None:
+        self._run = run
         self._files = {"event": run.path / "events.jsonl", "metric": run.path / "metrics.jsonl"}
         self._offsets = dict.fromkeys(self._files, 0)
 
     def poll(self) -> list[tuple[str, dict[str, Any]]]:
         """("metric" or "event", line) for each new line, in the order of their times."""
         found = []
+        self._run.refresh("events.jsonl", "metrics.jsonl")
         for kind, path in self._files.items():
             for offset, line in runs.iterate_lines(path, self._offsets[kind]):
                 self._offsets[kind] = offset
@@ -166,12 +168,12 @@ def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -
         view.draw(progress, record)
         if record.ended:
             return record
-        time.sleep(POLL_S)
+        time.sleep(max(POLL_S, run.poll_s))
 
 
 def untaken(run: runs.Run) -> str:
     """What to say of a run that waits for longer than a driver usually takes to start."""
-    name = words.called(run.path)
+    name = words.called(run.where)
     return (
         f"no driver has taken this run up for {UNTAKEN_S:g} s: `dtrain logs {name} --driver` shows whether one failed"
         f" to start, `dtrain stop {name}` gives up"

@@ -80,6 +80,13 @@ class Sections(click.Group):
         return super().resolve_command(ctx, args)
 
 
+class ChecksFirst(click.Command):
+    """A command whose `--dry-run` may carry a word, `--dry-run=server`, and never takes the next argument for it."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, ["--dry-run=client" if arg == "--dry-run" else arg for arg in args])
+
+
 def complete_run(ctx: click.Context, param: click.Parameter, incomplete: str) -> "list[CompletionItem]":  # noqa: ARG001
     """Names of runs, read from folder names alone: completion must not wait for imports."""
     from click.shell_completion import CompletionItem

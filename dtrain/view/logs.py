@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from dtrain import component
 from dtrain.errors import InputError
 from dtrain.runs import Run
 
@@ -19,9 +20,12 @@ def show(run: Run, pattern: str, out: BinaryIO, *, follows: bool, num_lines: int
     """
     tails: dict[Path, _Tail] = {}
     # Decided once: a log that appears later must not change how the lines of the others look.
+    run.refresh("logs/")
     several = "*" in pattern and (run.stored_record().num_workers > 1 or len(list(run.logs.glob(pattern))) > 1)
     while True:
         ended = run.record.ended  # before reading: what was written until then is shown
+        if tails:
+            run.refresh("logs/")
         for path in sorted(run.logs.glob(pattern), key=_by_number):
             if path not in tails:
                 tails[path] = _Tail(path, num_lines)
@@ -30,10 +34,25 @@ def show(run: Run, pattern: str, out: BinaryIO, *, follows: bool, num_lines: int
         out.flush()
         if not follows or ended:
             break
-        time.sleep(POLL_S)
+        time.sleep(max(POLL_S, run.poll_s))
     if not tails:
         there = ", ".join(p.name for p in sorted(run.logs.glob("*.log"), key=_by_number)) or "none yet"
         raise InputError(f"run {run.id} has no log {pattern}; there is: {there}")
+
+
+def from_cluster(run: Run, pattern: str, out: BinaryIO, follows: bool) -> bool:
+    """Write what the cluster has of a log that is not in the run's folder yet; False when it has nothing."""
+    plan = run.plan
+    backend = component.load("backends", plan.backend.name)
+    if not hasattr(backend, "logs"):
+        return False
+    which = pattern.removesuffix(".log").removesuffix("-*")
+    written = False
+    for data in backend.logs(run.id, plan.backend, which, follows):
+        out.write(data)
+        out.flush()
+        written = written or bool(data)
+    return written
 
 
 class _Tail:

@@ -111,7 +111,7 @@ def pictures(run: runs.Run, outcome: dict[str, Any]) -> list[RenderableType]:
     if not isinstance(name, str):
         return []
     text = Text("\n  pictures it made: ", style="dim")
-    return [text.append(f"{words.shortest(run.path)}/samples/{name}", style="not dim")]
+    return [text.append(f"{words.place(run.where)}/samples/{name}", style="not dim")]
 
 
 def failure(record: runs.Record) -> list[RenderableType]:
@@ -134,13 +134,13 @@ def indented(lines: list[str], by: int, style: str = "") -> Text:
 
 def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     """What a person would type now."""
-    commands, name = [], words.called(run.path)
+    commands, name = [], words.called(run.where)
     is_script = not record.num_steps
     if record.state == "succeeded":
         if not is_script:
             commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
         if not is_script or record.outcome.get("steps"):
-            commands += [(f"tensorboard --logdir {words.shortest(run.path)}/tensorboard", "its curves")]
+            commands += [(f"tensorboard --logdir {words.place(run.where)}/tensorboard", "its curves")]
     else:
         commands += [(f"dtrain logs {name}", "what its workers said")]
         if record.error_kind == "cluster":

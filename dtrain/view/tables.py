@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -15,17 +15,14 @@ from dtrain.errors import StorageError
 from dtrain.view import outcome, words
 from dtrain.view.follow import STYLES, others
 
+if TYPE_CHECKING:
+    from dtrain.backends import Sight
+
 COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
 MAX_METRIC_LINES = 20
 MIN_CAUSE_WIDTH = 10
 """Narrower than this, `ps` leaves causes out."""
-
-
-def latest(run: runs.Run) -> dict[str, Any]:
-    """The newest training metrics of a run, empty before there are any."""
-    lines = runs.last_lines(run.path / "metrics.jsonl")
-    return next((line for line in reversed(lines) if "held_out" not in line), {})
 
 
 def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
@@ -38,9 +35,9 @@ def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
 
 def facts(run: runs.Run) -> dict[str, Any]:
     """A run for a machine: its record, its folder, and where it stands."""
-    metrics = latest(run)
     record = run.record
-    where = {"path": str(run.path.absolute()), "step": step_of(record, metrics), "loss": metrics.get("loss")}
+    metrics = record.latest or run.latest()
+    where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
     return {**record.model_dump(mode="json"), **where}
 
 
@@ -68,7 +65,8 @@ def ps(listed: Sequence[runs.Run], width: int) -> RenderableType:
 
 def _ps_row(run: runs.Run, now: float) -> list[Text]:
     try:
-        record, metrics = run.record, latest(run)
+        record = run.record
+        metrics = record.latest or run.latest()
     except StorageError as error:
         cells = [run.id, "unreadable", "", "", "", "", "", error.message]
     else:
@@ -97,9 +95,10 @@ def _took(record: runs.Record, now: float) -> float | None:
 # -- status --------------------------------------------------------------------------------------------------
 
 
-def status(run: runs.Run) -> RenderableType:
-    """Everything a person may want to know of one run."""
-    record, now, metrics = run.record, time.time(), latest(run)
+def status(run: runs.Run, sight: "Sight | None" = None) -> RenderableType:
+    """Everything a person may want to know of one run; `sight` is what its cluster says of it."""
+    record, now = run.record, time.time()
+    metrics = record.latest or run.latest()
     step = step_of(record, metrics)
     progress = f"step {step:,}"
     if record.num_steps:
@@ -123,7 +122,9 @@ def status(run: runs.Run) -> RenderableType:
         from dtrain.view.follow import training_figures
 
         rows.append(("latest", "   ".join(" ".join(pair) for pair in training_figures(metrics))))
-    rows.append(("folder", str(run.path.absolute())))
+    if sight is not None:
+        rows.insert(1, ("cluster", words.visible(f"{sight.phase}: {sight.why}" if sight.why else sight.phase)))
+    rows.append(("folder", run.where))
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim")
     grid.add_column(overflow="fold")
@@ -169,10 +170,12 @@ def attempts(record: runs.Record, now: float) -> RenderableType:
 def checkpoints(run: runs.Run) -> list[dict[str, Any]]:
     """The whole checkpoints of a run, the oldest first: name, time, size in bytes and metrics."""
     found = []
+    run.refresh("checkpoints/")
     for path in sorted(run.checkpoints.glob("step-*")):
         try:
             written_at = (path / COMMITTED).stat().st_mtime
             manifest = json.loads((path / "manifest.json").read_text())
+            written_at = float(manifest.get("written_at", written_at))
             num_bytes = sum(int(f["bytes"]) for f in manifest["files"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # not finished, or going away

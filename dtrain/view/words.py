@@ -4,6 +4,8 @@ import math
 import time
 from pathlib import Path
 
+from dtrain.storage import is_remote
+
 
 def count(number: float) -> str:
     """`1,234`, `17.6k`, `3.2M`, `1.5B`: three figures from ten thousand on."""
@@ -103,9 +105,14 @@ def shortest(path: Path) -> str:
     return str(whole.relative_to(Path.cwd())) if whole.is_relative_to(Path.cwd()) else str(whole)
 
 
-def called(run: Path) -> str:
-    """What commands know a run's folder by: its name where they look by default, else the folder."""
-    return run.name if run.absolute().parent == Path.cwd() / "runs" else shortest(run)
+def called(where: str) -> str:
+    """What commands know a run by, from where it is: its name where they look by default, else its folder or URI."""
+    return Path(where).name if Path(where).parent == Path.cwd() / "runs" else place(where)
+
+
+def place(where: str) -> str:
+    """A folder as one would type it from here, or a URI."""
+    return where if is_remote(where) else shortest(Path(where))
 
 
 def visible(text: str) -> str:

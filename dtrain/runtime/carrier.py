@@ -1,0 +1,146 @@
+"""Carries what a process writes into its own folder of a run to the run's storage: every two seconds, and at the end.
+
+Every file has one writer. What grows (events, metrics, logs) goes in pieces (`dtrain.runs.growing`), everything else
+whole once it has stopped changing. None of it decides anything: what counts, the record and the list of checkpoints,
+changes on condition of the lease only.
+"""
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from dtrain.errors import StorageError
+from dtrain.runs.growing import Growing
+from dtrain.storage import Conflict, Storage
+from dtrain.storage.fencing import Fenced
+
+PERIOD_S = 2.0
+SLOW_PERIOD_S = 30.0
+"""For files that are put whole and change all the time."""
+LAST_S = 60.0
+"""How long storage may refuse at the end before what was not carried is given up."""
+NUM_AT_ONCE = 8
+
+
+class Carrier:
+    """A thread that carries a folder's files to storage until it is closed."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        run_id: str,
+        folder: Path,
+        is_mine: Callable[[], bool],
+        *,
+        growing: Iterable[str] = (),
+        whole: Iterable[str] = (),
+        slow: Iterable[str] = (),
+        mirrored: Iterable[str] = (),
+        also: Callable[[], None] | None = None,
+    ) -> None:
+        """`growing` are names, the others patterns below `folder`.
+
+        `whole` files are put once they have stopped changing, `slow` ones every half minute, and of `mirrored` ones
+        those that are deleted are deleted on storage too. `also` is done each time round. `is_mine` says whether the
+        run still belongs to whoever started this.
+        """
+        self._storage, self._run_id, self._folder, self._is_mine = storage, run_id, folder, is_mine
+        self._growing = [Growing(storage, f"{run_id}/{name}", folder / name) for name in growing]
+        self._whole, self._slow, self._mirrored = list(whole), list(slow), list(mirrored)
+        self._also = also
+        self._seen: dict[str, tuple[int, int]] = {}
+        self._carried: dict[str, tuple[int, int]] = {}
+        self._next_slow = 0.0
+        self._said = ""
+        self._wake, self._ends = threading.Event(), False
+        self._thread = threading.Thread(target=self._keep, name="dtrain-carrier", daemon=True)
+        self.lost: str | None = None
+        """Why nothing is carried any more: somebody else has the run."""
+
+    def fetch(self) -> None:
+        """Begin with what storage has of these files, so that what is written next stands behind it."""
+        with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+            list(pool.map(Growing.pull, self._growing))
+            for pattern in self._mirrored:
+                prefix = f"{self._run_id}/{pattern.partition('*')[0]}"
+                listed = [entry.name for entry in self._storage.entries(prefix)]
+                found = {name: self._folder / name.removeprefix(f"{self._run_id}/") for name in listed}
+                for copy in found.values():
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                list(pool.map(self._storage.download, found.keys(), found.values()))
+                self._carried |= {str(copy.relative_to(self._folder)): _facts(copy) for copy in found.values()}
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def hurry(self) -> None:
+        """Something happened that people wait to see."""
+        self._wake.set()
+
+    def close(self) -> None:
+        """Carry what is left, and end."""
+        self._ends = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        deadline = time.monotonic() + LAST_S
+        while self.lost is None and not self._once(is_last=True) and time.monotonic() < deadline:
+            time.sleep(1.0)
+
+    def _keep(self) -> None:
+        while not self._ends and self.lost is None:
+            self._once()
+            self._wake.wait(PERIOD_S)
+            self._wake.clear()
+
+    def _once(self, is_last: bool = False) -> bool:
+        """Carry all that is new; False when storage refused."""
+        try:
+            if self._also is not None:
+                self._also()
+            for growing in self._growing:
+                growing.push(self._is_mine)
+            self._carry(self._whole, is_last)
+            self._carry(self._mirrored, is_last)
+            self._delete(self._mirrored)
+            if is_last or time.monotonic() >= self._next_slow:
+                self._next_slow = time.monotonic() + SLOW_PERIOD_S
+                self._carry(self._slow, True)
+        except (Fenced, Conflict) as error:
+            self.lost = error.message
+            return True
+        except StorageError as error:
+            if error.message != self._said:
+                self._said = error.message
+                print(f"not carried to storage yet: {error.message}", file=sys.stderr, flush=True)
+            return False
+        return True
+
+    def _carry(self, patterns: list[str], at_once: bool) -> None:
+        for pattern in patterns:
+            for path in sorted(self._folder.glob(pattern)):
+                name = str(path.relative_to(self._folder))
+                with contextlib.suppress(FileNotFoundError):
+                    facts = _facts(path)
+                    is_settled = at_once or self._seen.get(name) == facts
+                    self._seen[name] = facts
+                    if path.is_file() and is_settled and self._carried.get(name) != facts:
+                        self._storage.upload(path, f"{self._run_id}/{name}")
+                        self._carried[name] = facts
+
+    def _delete(self, patterns: list[str]) -> None:
+        if not patterns:
+            return
+        gone = [name for name in self._carried if not (self._folder / name).exists()]
+        self._storage.delete([f"{self._run_id}/{name}" for name in gone])
+        for name in gone:
+            del self._carried[name]
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,134 @@
+"""Runs that lost their driver are handed over again, under the same name: `dtrain supervise`, or who follows one.
+
+The cluster's word that nothing of a run is left there, or a lease that nobody renews, says that its driver is dead.
+Both may be wrong, which the lease's token makes harmless.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from dtrain import api, runs
+from dtrain.errors import ClusterError, DtrainError, RetriesExhausted
+
+if TYPE_CHECKING:
+    from dtrain.backends import Sight
+    from dtrain.spec.cluster import ClusterSpec
+
+UNKNOWN_S = 120.0
+"""For so long a submit may be under way before its cluster knows of the run."""
+UNSAID = "it does not say why"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What there is to know of a run that has not ended."""
+
+    has_driver: bool
+    """One has taken it up, whether or not it lives."""
+    is_owned: bool
+    """Somebody keeps its lease."""
+    can_look: bool
+    """Its cluster can be asked."""
+    sight: "Sight | None"
+    losses: int
+    """How often a driver of it was lost before."""
+    allowed: int
+    """How often one may be (`retry.driver`)."""
+    age_s: float
+    """Since it was submitted."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    action: Literal["leave", "again", "end"]
+    why: str
+
+
+def decide(seen: Seen) -> Verdict:
+    """What to do about a run that says it is under way."""
+    if not seen.has_driver:
+        if seen.sight is not None and seen.sight.is_over:
+            return Verdict("end", f"the cluster ended it before a driver began: {seen.sight.why or UNSAID}")
+        if seen.can_look and seen.sight is None and seen.age_s > UNKNOWN_S:
+            return _again(seen, "the cluster knows nothing of it")
+        return Verdict("leave", "it waits for its cluster")
+    if seen.sight is not None:
+        if not seen.sight.is_over:
+            return Verdict("leave", "the cluster is at it")
+        return _again(seen, f"the cluster ended its driver ({seen.sight.why or UNSAID})")
+    if seen.is_owned:
+        return Verdict("leave", "its driver keeps the lease")
+    return _again(seen, "its driver is gone")
+
+
+def _again(seen: Seen, why: str) -> Verdict:
+    if seen.losses >= seen.allowed:
+        return Verdict("end", f"retry.driver allows {seen.allowed}, all used; last: {why}")
+    return Verdict("again", why)
+
+
+def look_over(place: str, cluster: "ClusterSpec | None", say: Say) -> int:
+    """Look at every run of a storage once; says what it does, and returns how many runs are under way."""
+    under_way = 0
+    for run in _open(place):
+        try:
+            plan = run.plan
+            if cluster is None or plan.backend.name == cluster.backend.name:
+                under_way += 1
+                look_at(run, cluster.backend if cluster is not None else plan.backend, say)
+        except DtrainError as error:  # one run's trouble is not the others'
+            say(f"{run.id}: {error.message}")
+    return under_way
+
+
+def look_at(run: runs.Run, options: Any, say: Say) -> bool:
+    """Look at one run; True when it was handed over again."""
+    plan = run.plan
+    backend = api.backend_of(plan)
+    record = run.stored_record()
+    can_look = hasattr(backend, "look")
+    sight = backend.look(run.id, options) if can_look else None
+    seen = Seen(
+        has_driver=record.driver_pid is not None,
+        is_owned=run.is_owned(),
+        can_look=can_look,
+        sight=sight,
+        losses=sum(event["event"] == "driver-lost" for event in run.events()),
+        allowed=plan.retry.driver,
+        age_s=time.time() - record.created_at,
+    )
+    verdict = decide(seen)
+    if verdict.action == "leave":
+        return False
+    if verdict.action == "end":
+        say(f"{run.id}: {verdict.why}; it ends here")
+        error = RetriesExhausted if seen.has_driver else ClusterError
+        run.end_dead(error(verdict.why))
+        return False
+    if not run.put_back(verdict.why):
+        return False
+    say(f"{run.id}: {verdict.why}; handing it over again")
+    backend.send(backend.render(plan, run.path), options, say)
+    return True
+
+
+def revive(run: runs.Run, say: Say) -> bool:
+    """What somebody does who follows a run and sees it lost; False when that is how it stays.
+
+    Only where the cluster can tell that nothing of it is left.
+    """
+    plan = run.plan
+    return hasattr(api.backend_of(plan), "look") and look_at(run, plan.backend, say)
+
+
+def _open(place: str) -> Iterator[runs.Run]:
+    for run in runs.list_runs(place):
+        try:
+            if not run.stored_record().ended:
+                yield run
+        except DtrainError:
+            continue  # an unreadable record is `ps`'s to show
