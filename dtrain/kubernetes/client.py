@@ -284,12 +284,12 @@ class Client:
         connection = self._connect(silence_s)
         try:
             self._send(connection, "GET", path, query, None, {})
-            response = connection.getresponse()
-            if response.status >= 300:
-                asked = Asked(self.access.source, self.access.login, "GET", path)
-                kind = response.getheader("Content-Type") or ""
-                raise errors.refused(asked, response.status, response.read(), kind)
-            yield _lines(response)
+            with contextlib.closing(connection.getresponse()) as response:  # it holds the socket open, too
+                if response.status >= 300:
+                    asked = Asked(self.access.source, self.access.login, "GET", path)
+                    kind = response.getheader("Content-Type") or ""
+                    raise errors.refused(asked, response.status, response.read(), kind)
+                yield _lines(response)
         finally:
             connection.close()
 
@@ -307,7 +307,9 @@ def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
 
 def _is_passing(trouble: BaseException, number: int) -> bool:
     """Whether the same request may well be answered in a moment."""
-    if isinstance(trouble, ssl.SSLCertVerificationError | socket.gaierror | TimeoutError):
+    if isinstance(trouble, ssl.SSLError):
+        return isinstance(trouble, ssl.SSLEOFError) and number < 3  # cut; any other one stays as it is
+    if isinstance(trouble, socket.gaierror | TimeoutError):
         return False
     return number < (4 if isinstance(trouble, ConnectionRefusedError) else 6)
 

@@ -111,13 +111,15 @@ class Access:
         return self._tls
 
     def _make_tls(self) -> ssl.SSLContext:
-        context = ssl.create_default_context()
+        if self.authority.get("insecure-skip-tls-verify"):
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        else:
+            authority = self._bytes(self.authority, "certificate-authority")
+            # With an authority of its own no other is trusted, nor read: those of the system take 0.1 s.
+            context = ssl.create_default_context(cadata=authority.decode() if authority else None)
         # Certificates of many clusters lack what the strict check of newer Pythons asks for.
         context.verify_flags &= ~getattr(ssl, "VERIFY_X509_STRICT", 0)
-        if self.authority.get("insecure-skip-tls-verify"):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        elif authority := self._bytes(self.authority, "certificate-authority"):
-            context.load_verify_locations(cadata=authority.decode())
         issued = self._issued()
         certificate = issued.get("clientCertificateData", "").encode() or self._bytes(self.user, "client-certificate")
         key = issued.get("clientKeyData", "").encode() or self._bytes(self.user, "client-key")
@@ -207,6 +209,9 @@ class Access:
         return status
 
 
+_known: dict[object, Access] = {}
+
+
 def find(kubeconfig: str | None, context: str | None) -> Access:
     """The server to talk to: of a kubeconfig (the one given, $KUBECONFIG, ~/.kube/config), or of this pod.
 
@@ -223,7 +228,11 @@ def find(kubeconfig: str | None, context: str | None) -> Access:
     else:
         files = [path for path in [Path("~/.kube/config").expanduser()] if path.is_file()]
     if files:
-        return _read(files, context)
+        # Kept for the life of the process, and with it what a login command answers: it may take a second each time.
+        key = (tuple((file.resolve(), file.stat().st_mtime_ns) for file in files), context)
+        if key not in _known:
+            _known[key] = _read(files, context)
+        return _known[key]
     if access := _in_cluster():
         return access
     raise ClusterError(f"there is no kubeconfig: neither $KUBECONFIG nor ~/.kube/config; {GET_ONE}")

@@ -8,7 +8,7 @@ from api_resources import Resource
 REASONS = {
     400: "BadRequest", 401: "Unauthorized", 403: "Forbidden", 404: "NotFound", 405: "MethodNotAllowed",
     409: "Conflict", 410: "Expired", 415: "UnsupportedMediaType", 422: "Invalid", 429: "TooManyRequests",
-    500: "InternalError", 503: "ServiceUnavailable", 504: "Timeout",
+    500: "InternalError", 502: "InternalError", 503: "ServiceUnavailable", 504: "Timeout",
 }  # fmt: skip
 
 

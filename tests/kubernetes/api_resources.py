@@ -103,6 +103,8 @@ class Catalogue:
             return {"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []}
         if words == ["apis"]:
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": [_group(g, v) for g, v in versions]}
+        if len(words) == 2 and words[0] == "apis" and words[1] in dict(versions):
+            return {"kind": "APIGroup", "apiVersion": "v1", **_group(words[1], dict(versions)[words[1]])}
         if words == ["openapi", "v3"]:
             roots = ["api/v1", *(f"apis/{group}/{version}" for group, version in versions)]
             return {"paths": {root: {"serverRelativeURL": f"/openapi/v3/{root}?hash=1"} for root in roots}}

@@ -1,0 +1,201 @@
+"""What pods print: read, and followed through cuts and to a head's successor; and Ray's own log of the driver."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from api_server import ApiServer
+from conftest import some_options
+
+from dtrain.backends import kuberay
+from dtrain.errors import ClusterError, InputError
+from dtrain.kubernetes import logs, names
+
+RUN, NAME = "gpt_small-k3f9", "gpt-small-k3f9"
+RUNNING = {"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "x-1", "jobId": NAME}
+DASHBOARD = {"dashboardURL": "x-1-head-svc.dtrain.svc.cluster.local:8265"}
+
+
+@pytest.fixture
+def run(api: ApiServer, kubeconfig: str) -> ApiServer:
+    """A run with a head and two workers."""
+    metadata = {
+        "name": NAME,
+        "namespace": "dtrain",
+        "labels": names.run_labels(RUN),
+        "annotations": {names.RUN_ID: RUN},
+    }
+    api.put({"kind": "RayJob", "metadata": metadata, "spec": {}, "status": RUNNING})
+    put_pod(api, "x-1-head-a", "head")
+    put_pod(api, "x-1-gpu-worker-b", "worker")
+    put_pod(api, "x-1-gpu-worker-a", "worker")
+    return api
+
+
+def put_pod(api: ApiServer, name: str, kind: str) -> None:
+    labels = {"ray.io/cluster": "x-1", "ray.io/node-type": kind}
+    spec = {"containers": [{"name": f"ray-{kind}"}, {"name": "autoscaler"}]}
+    api.put({"kind": "Pod", "metadata": {"name": name, "namespace": "dtrain", "labels": labels}, "spec": spec})
+
+
+def read(which: str, **words: str) -> bytes:
+    return b"".join(kuberay.logs(RUN, some_options(**words), which, False))
+
+
+class Reader(threading.Thread):
+    """Somebody who follows a log."""
+
+    def __init__(self, which: str) -> None:
+        super().__init__()
+        self.lines: list[bytes] = []
+        self._which = which
+        self.start()
+
+    def run(self) -> None:
+        self.lines += kuberay.logs(RUN, some_options(), self._which, True)
+
+    def await_lines(self, number: int) -> None:
+        await_(lambda: len(self.lines) >= number)
+
+
+def await_(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_who_prints_what(run: ApiServer) -> None:
+    run.log("x-1-head-a", b"I am the head\n")
+    run.log("x-1-gpu-worker-a", b"I am a\nand more")
+    run.log("x-1-gpu-worker-b", "ich bin b: ä\n".encode())
+    assert read("head") == read("driver") == b"I am the head\n"
+    assert read("node-0") == b"I am a\nand more"
+    assert read("node-1") == "ich bin b: ä\n".encode()
+    with pytest.raises(ClusterError, match=f"run {RUN} has no node-2 on the cluster .*its folder in storage has"):
+        read("node-2")
+    with pytest.raises(InputError, match="pods print no log 'rank-0'; there is: driver, head, node-0"):
+        read("rank-0")
+
+
+def test_nothing_is_there_any_more(run: ApiServer) -> None:
+    run.remove("RayJob", NAME)
+    with pytest.raises(ClusterError, match="it is not there any more"):
+        read("head")
+
+
+def test_a_pod_that_has_not_begun_prints_nothing(run: ApiServer) -> None:
+    waiting = [{"name": "ray-head", "state": {"waiting": {"reason": "ContainerCreating"}}}]
+    run.set_status("Pod", "x-1-head-a", {"containerStatuses": waiting})
+    assert read("head") == b""
+
+
+def test_following_through_cuts_repeats_nothing_and_misses_nothing(run: ApiServer) -> None:
+    run.log("x-1-head-a", b"0\n1\n")
+    reader = Reader("head")
+    for number in range(2, 12):
+        reader.await_lines(number)
+        if number % 3 == 0:
+            run.drop_watches()
+        if number == 6:
+            run.fail(r"/log$", status=503)
+        run.log("x-1-head-a", f"{number}\n".encode())
+    reader.await_lines(12)
+    run.set_status("RayJob", NAME, {**RUNNING, "jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
+    run.end_log("x-1-head-a")
+    reader.join()
+    assert reader.lines == [f"{number}\n".encode() for number in range(12)]
+
+
+def test_following_goes_on_with_a_heads_successor(run: ApiServer) -> None:
+    run.log("x-1-head-a", b"first\n")
+    reader = Reader("head")
+    reader.await_lines(1)
+    run.remove("Pod", "x-1-head-a")
+    time.sleep(1.0)  # creation times are whole seconds
+    put_pod(run, "x-1-head-b", "head")
+    run.log("x-1-head-b", b"second\n")
+    reader.await_lines(2)
+    run.remove("RayJob", NAME)
+    run.remove("Pod", "x-1-head-b")
+    reader.join()
+    assert reader.lines == [b"first\n", b"second\n"]
+
+
+def test_a_reader_who_leaves_is_forgotten(run: ApiServer) -> None:
+    run.log("x-1-head-a", b"first\n")
+    with closing(kuberay.logs(RUN, some_options(), "head", True)) as lines:  # type: ignore[type-var]
+        assert next(lines) == b"first\n"
+
+    def is_forgotten() -> bool:
+        run.log("x-1-head-a", b"more\n")  # a server notices when it writes
+        return not run.under_way
+
+    await_(is_forgotten)
+
+
+# -- Ray's dashboard, through the API server ---------------------------------------------------------------------
+
+
+class Dashboard(BaseHTTPRequestHandler):
+    text, token, asked = "", "", 0
+
+    def do_GET(self) -> None:
+        cls = type(self)
+        cls.asked += 1
+        is_in = not self.token or self.headers["X-Ray-Authorization"] == f"Bearer {self.token}"
+        is_known = self.path == f"/api/jobs/{NAME}/logs"
+        body = json.dumps({"logs": cls.text}).encode() if is_in else b"Unauthorized"
+        self.send_response(200 if is_in and is_known else 401 if is_known else 404)
+        self.send_header("Content-Type", "application/json; charset=utf-8" if is_in else "text/plain")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *words: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def dashboard(run: ApiServer) -> Iterator[type[Dashboard]]:
+    handler = type("OneDashboard", (Dashboard,), {"text": "from Ray\n"})
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    run.proxy("x-1-head-svc", 8265, f"http://127.0.0.1:{server.server_address[1]}")
+    run.set_status("RayJob", NAME, {**RUNNING, **DASHBOARD})
+    yield handler
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_rays_own_log_of_the_driver(run: ApiServer, dashboard: type[Dashboard]) -> None:
+    assert read("driver", auth={"mode": "disabled"}) == b"from Ray\n"
+
+
+def test_with_the_clusters_token_where_it_can_be_read(run: ApiServer, dashboard: type[Dashboard]) -> None:
+    dashboard.token = "secret"
+    run.log("x-1-head-a", b"from the head\n")
+    assert read("driver") == b"from the head\n"  # there is no such Secret
+    data = {"auth_token": "c2VjcmV0"}
+    run.put({"kind": "Secret", "metadata": {"name": "x-1", "namespace": "dtrain"}, "data": data})
+    assert read("driver") == b"from Ray\n"
+
+
+def test_following_rays_log(run: ApiServer, dashboard: type[Dashboard], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.05)
+    run.put({"kind": "Secret", "metadata": {"name": "x-1", "namespace": "dtrain"}, "data": {}})
+    reader = Reader("driver")
+    reader.await_lines(1)
+    dashboard.text += "more: ä\n"
+    reader.await_lines(2)
+    dashboard.text = "anew\n"  # another head, another log
+    reader.await_lines(3)
+    run.remove("RayJob", NAME)
+    reader.join()
+    assert reader.lines == [b"from Ray\n", "more: ä\n".encode(), b"anew\n"]
