@@ -315,7 +315,7 @@ def test_helm_test_asks_with_the_rights_of_a_submitter() -> None:
     doctor = named(all_objects, "Pod", "dtrain-doctor", RUNS)
     assert doctor["metadata"]["annotations"]["helm.sh/hook"] == "test"
     assert doctor["spec"]["containers"][0]["command"][:3] == ["dtrain", "cluster", "doctor"]
-    for kind, role in (("RoleBinding", "dtrain-user"), ("ClusterRoleBinding", "dtrain-user-nodes")):
+    for kind, role in (("RoleBinding", "dtrain-user"), ("ClusterRoleBinding", "dtrain-user-cluster")):
         (binding,) = [
             one
             for one in of_kind(all_objects, kind)

@@ -17,7 +17,7 @@ FOLLOW: Rights = {
         "watch": "the phases of a start, as they happen",
     },
     "pods": {
-        "get": "what one pod waits for",
+        "get": "kubectl describe pod, which messages advise",
         "list": "the pods of a run, and what is done once they are gone",
         "watch": "pulling, starting, running, as it happens",
     },
@@ -29,7 +29,10 @@ FOLLOW: Rights = {
 }
 SUBMIT: Rights = {
     "rayjobs.ray.io": {"create": "dtrain submit", "delete": "dtrain stop, and a resume of what ended"},
-    "networkpolicies.networking.k8s.io": {"create": "what lets a run's pods talk to each other; goes with its RayJob"},
+    "networkpolicies.networking.k8s.io": {
+        "create": "what lets a run's pods talk to each other; goes with its RayJob",
+        "get": "whether one that is there already is this run's, after a lost answer",
+    },
     "persistentvolumeclaims": {"get": "the doctor: is the volume of runs there"},
     "serviceaccounts": {"get": "the doctor: is the account of runs there"},
     "resourcequotas": {"list": "the doctor, and why a pod was refused"},
@@ -46,19 +49,29 @@ DASHBOARD: Rights = {
     "pods/portforward": {"create": "kubectl port-forward to a dashboard"},
 }
 KUEUE: Rights = {
-    "localqueues.kueue.x-k8s.io": {"get": "the doctor: does the queue let runs in", "list": "which queues there are"},
-    "workloads.kueue.x-k8s.io": {"get": "why a run waits in the queue", "list": "the workload of a run"},
+    "localqueues.kueue.x-k8s.io": {"get": "the doctor: does the queue let runs in"},
+    "workloads.kueue.x-k8s.io": {"list": "why a run waits in the queue"},
 }
-NODES: Rights = {"nodes": {"list": "the doctor: which shapes of node there are, and what is free"}}
+CLUSTER: Rights = {
+    "nodes": {"list": "the doctor: which shapes of node there are, and what is free"},
+    "priorityclasses.scheduling.k8s.io": {"get": "the doctor: is that of runs there"},
+    "runtimeclasses.node.k8s.io": {"get": "the doctor: is that of GPU pods there"},
+}
 SUPERVISE: Rights = {
     "rayjobs.ray.io": {
-        "list": "the runs that Kubernetes knows",
-        "get": "whether one that seems lost is",
+        "get": "whether a run that seems lost is",
         "delete": "a RayJob that ended cannot begin again",
+        "list": "whether the old one is gone",
+        "watch": "the same, without asking again and again",
         "create": "the run, again",
     },
-    "networkpolicies.networking.k8s.io": {"create": "what the run brings"},
-    "pods": {"get": "what one waits for", "list": "whether those of the lost attempt are gone"},
+    "rayclusters.ray.io": {"get": "whether its head is still there"},
+    "networkpolicies.networking.k8s.io": {
+        "create": "what the run brings",
+        "get": "whether one that is there already is this run's, after a lost answer",
+    },
+    "pods": {"list": "whether anything of the run is left"},
+    "events": {"list": "why it ended, for the record"},
 }
 
 
@@ -102,9 +115,9 @@ def test_viewers_look_and_touch_nothing(values: Values, more: Rights) -> None:
     assert set().union(*given.values()) <= {"get", "list", "watch"}
 
 
-def test_of_the_whole_cluster_submitters_see_nodes() -> None:
-    assert rights(named(objects({}), "ClusterRole", "dtrain-user-nodes")) == _sum(NODES)
-    without = objects({"access": {"nodes": False, "submitters": {"groups": ["ml"]}}})
+def test_of_the_whole_cluster_submitters_see_what_the_doctor_looks_at() -> None:
+    assert rights(named(objects({}), "ClusterRole", "dtrain-user-cluster")) == _sum(CLUSTER)
+    without = objects({"access": {"cluster": False, "submitters": {"groups": ["ml"]}}})
     assert of_kind(without, "ClusterRoleBinding") == []
 
 
@@ -156,7 +169,7 @@ def test_people_are_bound_in_each_namespace_of_runs_and_nowhere_else() -> None:
         for one in bindings:
             assert [(of["kind"], of["name"]) for of in one["subjects"]] == subjects
     wide = [one for one in of_kind(everything, "ClusterRoleBinding") if "doctor" not in one["metadata"]["name"]]
-    assert [one["roleRef"]["name"] for one in wide] == ["dtrain-user-nodes"]
+    assert [one["roleRef"]["name"] for one in wide] == ["dtrain-user-cluster"]
 
 
 def test_nobody_is_let_in_who_was_not_named() -> None:

@@ -31,7 +31,7 @@ REFUSED = {
     "a role of no account": ("storage.identity.eksRoleArn", "dtrain", "/storage/identity/eksRoleArn"),
     "a key instead of an identity": ("storage.accessKey", "AKIA...", "accessKey"),
     "a moving tag": ("image.tag", "latest", "/image/tag"),
-    "a tag in the name": ("image.repository", "dtrain", "/image/repository"),
+    "a tag in the name": ("image.repository", "acme/dtrain:0.1.0", "/image/repository"),
     "a digest cut short": ("image.digest", "sha256:abc", "/image/digest"),
     "a Redis of any version": ("redis.image", "redis:latest", "/redis/image"),
     "a Redis without a tag": ("redis.image", "docker.io/library/redis", "/redis/image"),
@@ -82,8 +82,8 @@ def test_values_that_need_each_other_are_told_together_with_the_next_move() -> N
 
 def test_several_mistakes_are_told_together() -> None:
     with pytest.raises(helm.HelmValuesError) as caught:
-        objects({"redis": {"enabled": "yes"}, "access": {"nodes": "no"}})
-    assert "/redis/enabled" in str(caught.value) and "/access/nodes" in str(caught.value)
+        objects({"redis": {"enabled": "yes"}, "access": {"cluster": "no"}})
+    assert "/redis/enabled" in str(caught.value) and "/access/cluster" in str(caught.value)
 
 
 @pytest.mark.parametrize("values", VALUE_SETS.values(), ids=VALUE_SETS)
