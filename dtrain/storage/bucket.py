@@ -134,14 +134,13 @@ class _Connection:
     """What one process holds of a bucket."""
 
     def __init__(self, store: Store) -> None:
-        self.pid = os.getpid()
         self.store = store
         self.gate = threading.BoundedSemaphore(NUM_PARALLEL)
         self.has_answered = False
 
 
-_INHERITED: list[_Connection] = []
-"""Connections of a parent process: to close them here would disturb it."""
+_CONNECTIONS: dict[tuple[int, str], _Connection] = {}
+"""By process and bucket. Those of a parent process stay here: to close them in a child would disturb it."""
 
 
 class Bucket:
@@ -161,7 +160,6 @@ class Bucket:
         self._connect = connect
         self._patience_s, self._first_patience_s = patience_s, first_patience_s
         self._part_bytes = part_bytes
-        self._connection: _Connection | None = None
 
     def __repr__(self) -> str:
         return f"Bucket({self.uri!r})"
@@ -328,15 +326,13 @@ class Bucket:
 
     def _here(self) -> _Connection:
         """What this very process holds of the bucket."""
-        connection = self._connection
-        if connection is None or connection.pid != os.getpid():
-            if connection is not None:
-                _INHERITED.append(connection)
+        key = os.getpid(), f"{urlsplit(self._uri).scheme}://{self._bucket}"
+        connection = _CONNECTIONS.get(key)
+        if connection is None:
             try:
-                connection = _Connection(self._connect())
+                connection = _CONNECTIONS.setdefault(key, _Connection(self._connect()))
             except (ValueError, OSError) as error:
                 raise StorageError(f"{self._uri} cannot be used: {error}") from error
-            self._connection = connection
         return connection
 
     def _key(self, name: str) -> str:
@@ -382,8 +378,7 @@ class Bucket:
             raise
 
     def _said(self, answer: Answer, verb: Verb, where: str) -> StorageError:
-        assert self._connection is not None
-        store = self._connection.store
+        store = self._here().store
         if answer.kind == "gone":
             return NotThere(f"{where} does not exist")
         if answer.kind == "denied":

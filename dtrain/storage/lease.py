@@ -285,9 +285,7 @@ class Lease:
         if found is None:
             self._lost = f"run {self.run_id} was deleted from {self._storage.uri}"
         else:
-            self._lost = (
-                f"run {self.run_id} is owned by {found.owner} now (owner {found.token}; this was {self._token})"
-            )
+            self._lost = f"run {self.run_id} belongs to {found.owner} now (owner {found.token}; this was {self._token})"
         raise Fenced(self._lost)
 
     def _claim(self) -> None:

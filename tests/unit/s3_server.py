@@ -13,6 +13,7 @@ import http.client
 import itertools
 import logging
 import os
+import re
 import socket
 import struct
 import threading
@@ -27,6 +28,7 @@ from dtrain.storage import Storage, at, bucket
 PART = 5 << 20
 """The least that the protocol takes as a part of a larger file."""
 SOMEBODY = "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+FOLDERS = (f"folder-{number}" for number in itertools.count())
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
 
 
@@ -99,6 +101,21 @@ class Server:
         with self._lock:
             self._faults.append([what.format(self.bucket), fault, times, skip])
 
+    def heal(self) -> None:
+        """Nothing fails any more."""
+        with self._lock:
+            self._faults.clear()
+
+    def clear(self) -> None:
+        """Nothing fails, nothing was asked, and nothing is there."""
+        self.heal()
+        self.ignores_conditions = False
+        storage = self.storage()
+        for key, upload in self.uploads_left():
+            _forward("DELETE", f"/{self.bucket}/{key}?uploadId={upload}", {"Authorization": SOMEBODY}, b"")
+        storage.delete(entry.name for entry in storage.entries())
+        self.requests.clear()
+
     def storage(self, folder: str = "", patience_s: float = 20.0) -> bucket.Bucket:
         place = f"s3://{self.bucket}/{folder}"
         return bucket.open(place, patience_s=patience_s, first_patience_s=patience_s, part_bytes=PART)
@@ -116,11 +133,11 @@ class Server:
             assert answer.status == 200, answer
         connection.close()
 
-    def uploads_left(self) -> int:
-        """Multipart uploads that were begun, and neither completed nor aborted."""
+    def uploads_left(self) -> list[tuple[str, str]]:
+        """Key and name of multipart uploads that were begun, and neither completed nor aborted."""
         status, _, body = _forward("GET", f"/{self.bucket}?uploads", {"Host": "127.0.0.1"}, b"")
         assert status == 200, body
-        return body.count(b"<UploadId>")
+        return re.findall(r"<Upload>.*?<Key>(.*?)</Key>.*?<UploadId>(.*?)</UploadId>", body.decode(), re.DOTALL)
 
     def fault_of(self, request: str) -> Fault | None:
         with self._lock:
@@ -161,13 +178,19 @@ def served() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def placed(kind: str, folder: Path) -> Iterator[Storage]:
-    """Storage of one kind, `folder` or `s3`, with nothing in it."""
-    if kind == "folder":
-        yield at(str(folder))
-    else:
-        with served() as server:
-            yield server.storage("runs")
+def both_kinds() -> Iterator[Callable[[str, Path], Storage]]:
+    """Gives storage of a kind, `folder` or `s3`, with nothing in it; the server is started when it is needed."""
+    with contextlib.ExitStack() as stack:
+        servers: list[Server] = []
+
+        def place(kind: str, folder: Path) -> Storage:
+            if kind == "folder":
+                return at(str(folder))
+            if not servers:
+                servers.append(stack.enter_context(served()))
+            return servers[0].storage(f"{next(FOLDERS)}/runs")
+
+        yield place
 
 
 @functools.cache

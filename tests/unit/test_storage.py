@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import PART, placed
+from s3_server import PART, both_kinds
 
 from dtrain import storage as places
 from dtrain.errors import InputError, StorageError
@@ -18,10 +18,15 @@ from dtrain.storage import Conflict, Entry, NotThere, folder
 SOURCE = Path(__file__).parents[2]
 
 
-@pytest.fixture(params=["folder", "s3"])
-def storage(request, tmp_path):
-    with placed(request.param, tmp_path / "runs") as place:
+@pytest.fixture(scope="module")
+def kinds():
+    with both_kinds() as place:
         yield place
+
+
+@pytest.fixture(params=["folder", "s3"])
+def storage(request, kinds, tmp_path):
+    return kinds(request.param, tmp_path / "runs")
 
 
 def all_at_once(number, what):
