@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from dtrain.plan import AnyPlan
 
 TIMEOUT_S = 20.0
-PATIENCE_S = 15.0
+PATIENCE_S = 5.0
 """How long a dashboard may refuse connections or be overloaded before that is an error."""
 POLL_S = 1.0
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})

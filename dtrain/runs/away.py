@@ -154,8 +154,8 @@ class RemoteRun(Run):
             return listed[1]
         return self._parsed(self._read("run.json"))
 
-    def latest(self) -> dict[str, Any]:
-        return self.stored_record().latest
+    def latest(self, record: Record) -> dict[str, Any]:
+        return record.latest
 
     def update(self, **changes: Any) -> Record:
         data, version = self.storage.read(f"{self.id}/run.json")

@@ -94,10 +94,10 @@ class Run:
         cause = f"the driver (pid {stored.driver_pid}) is gone; `dtrain resume {self.id}` goes on"
         return stored.model_copy(update={"state": "lost", "cause": cause, "error_kind": "cluster", "exit_code": 5})
 
-    def latest(self) -> dict[str, Any]:
-        """The newest training metrics, empty before there are any."""
+    def latest(self, record: Record) -> dict[str, Any]:
+        """The newest training metrics, empty before there are any; in the record where that is all one has."""
         found = reversed(lines.last_lines(self.path / "metrics.jsonl"))
-        return next((line for line in found if "held_out" not in line), {})
+        return next((line for line in found if "held_out" not in line), record.latest)
 
     def stored_record(self) -> Record:
         return self._parsed(self._read("run.json"))
@@ -211,7 +211,7 @@ class Run:
                 return False
             attempts = list(record.attempts)
             if attempts and attempts[-1].ended_at is None:
-                facts = {"ended_at": time.time(), "cause": why, "last_step": self.latest().get("step")}
+                facts = {"ended_at": time.time(), "cause": why, "last_step": self.latest(record).get("step")}
                 attempts[-1] = attempts[-1].model_copy(update=facts)
             self.event("driver-lost", message=f"{why}: the run is handed over again")
             self.update(

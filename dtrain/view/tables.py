@@ -36,7 +36,7 @@ def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
 def facts(run: runs.Run) -> dict[str, Any]:
     """A run for a machine: its record, its folder, and where it stands."""
     record = run.record
-    metrics = record.latest or run.latest()
+    metrics = run.latest(record)
     where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
     return {**record.model_dump(mode="json"), **where}
 
@@ -66,7 +66,7 @@ def ps(listed: Sequence[runs.Run], width: int) -> RenderableType:
 def _ps_row(run: runs.Run, now: float) -> list[Text]:
     try:
         record = run.record
-        metrics = record.latest or run.latest()
+        metrics = run.latest(record)
     except StorageError as error:
         cells = [run.id, "unreadable", "", "", "", "", "", error.message]
     else:
@@ -98,7 +98,7 @@ def _took(record: runs.Record, now: float) -> float | None:
 def status(run: runs.Run, sight: "Sight | None" = None) -> RenderableType:
     """Everything a person may want to know of one run; `sight` is what its cluster says of it."""
     record, now = run.record, time.time()
-    metrics = record.latest or run.latest()
+    metrics = run.latest(record)
     step = step_of(record, metrics)
     progress = f"step {step:,}"
     if record.num_steps:

@@ -1,0 +1,309 @@
+"""Runs whose folder lives in a bucket: made, listed, found, read, stopped and handed on from anywhere."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from making import TWO_CORES, a_cluster, a_job
+from s3_server import served
+
+from dtrain import api, runs
+from dtrain.errors import InputError, RetriesExhausted, StorageError
+from dtrain.plan import make_plan
+from dtrain.runs.away import RemoteRun
+from dtrain.runs.growing import PIECE_BYTES, Growing, piece
+from dtrain.runtime.carrier import Carrier
+from dtrain.storage import Conflict, at
+from dtrain.storage.lease import Lease
+from dtrain.view import logs, tables
+
+
+@pytest.fixture(scope="module")
+def server():
+    with served() as started:
+        yield started
+
+
+@pytest.fixture
+def s3(server):
+    server.clear()
+    return server
+
+
+@pytest.fixture
+def place(s3):
+    return f"s3://{s3.bucket}/team/runs"
+
+
+def a_plan(place: str):
+    return make_plan(a_job(), a_cluster(backend={"name": "ray_jobs"}, storage=place), TWO_CORES)
+
+
+def a_run(place: str, name: str | None = None, **record) -> RemoteRun:
+    run = runs.create(a_plan(place), "name: tiny\n", name)
+    assert isinstance(run, RemoteRun)
+    if record:
+        run.update(**record)
+    return run
+
+
+def everybody(run: RemoteRun) -> RemoteRun:
+    """The same run, as another process would see it."""
+    return RemoteRun(run.storage, run.id)
+
+
+# -- made, listed, found -----------------------------------------------------------------------------------------
+
+
+def test_a_run_is_made_and_found_by_name_and_by_uri(place):
+    first = a_run(place, "tiny-aaaa", created_at=1.0)
+    second = a_run(place, "tiny-bbbb", created_at=2.0)
+    assert [run.id for run in runs.list_runs(place)] == ["tiny-aaaa", "tiny-bbbb"]
+    assert runs.find(place, None).id == second.id
+    assert runs.find(place, "aa").id == first.id
+    found = runs.find("elsewhere", f"{place}/tiny-aaaa")
+    assert (found.where, found.plan.storage) == (f"{place}/tiny-aaaa", place)
+    assert found.record.state == "queued"
+    assert [event["state"] for event in found.events()] == ["queued"]
+    with pytest.raises(InputError, match="no run is called"):
+        runs.find(place, "cc")
+    with pytest.raises(StorageError, match="is there already"):
+        runs.create(a_plan(place), "", "tiny-aaaa")
+
+
+def test_what_is_no_run_is_not_listed_and_one_unreadable_record_hides_no_other(place):
+    good, bad = a_run(place, "tiny-aaaa"), a_run(place, "tiny-bbbb")
+    at(place).write("code/0123.tar.gz", b"code")
+    at(place).write("tiny-bbbb/run.json", b"{")
+    assert [run.id for run in runs.list_runs(place)] == [bad.id, good.id]
+    with pytest.raises(StorageError, match="not the record of a run"):
+        _ = everybody(bad).record
+
+
+def test_a_listing_asks_for_every_record_once(s3, place):
+    record = a_run(place).stored_record()
+    names = [f"tiny-{number:04d}" for number in range(39)]
+    texts = {name: record.model_copy(update={"id": name}).model_dump_json().encode() for name in names}
+    s3.put({f"team/runs/{name}/run.json": text for name, text in texts.items()})
+    s3.requests.clear()
+    listed = runs.list_runs(place)
+    rows = [tables.facts(run) for run in listed]
+    assert len(rows) == 40
+    assert all(row["state"] == "queued" and row["path"].startswith(place) for row in rows)
+    records = [request for request in s3.requests if "run.json" in request]
+    assert len(records) == 40
+    assert len(s3.requests) - len(records) <= 2, "one listing"
+
+
+def test_a_thousand_runs_in_a_folder_are_listed_within_two_seconds_of_a_core(tmp_path):
+    plan = make_plan(a_job(), a_cluster(storage=str(tmp_path)), TWO_CORES)
+    record = json.loads((runs.create(plan, "", "tiny-0000").path / "run.json").read_text())
+    for number in range(1, 1000):
+        folder = tmp_path / f"tiny-{number:04d}"
+        folder.mkdir()
+        (folder / "run.json").write_text(json.dumps({**record, "id": folder.name, "created_at": float(number)}))
+        (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 1.5}\n')
+    before = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "dtrain", "ps", "--storage", str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    after = os.times()
+    assert len(done.stdout.splitlines()) == 1001
+    took = after.children_user + after.children_system - before.children_user - before.children_system
+    assert took < 2, f"{took:.2f} s of processor time"
+
+
+# -- files that grow ---------------------------------------------------------------------------------------------
+
+
+def test_a_file_that_grows_is_read_while_it_grows(place, tmp_path):
+    chance = random.Random(7)
+    ours, theirs = tmp_path / "ours.log", tmp_path / "theirs.log"
+    writer, reader = Growing(at(place), "run/x.log", ours), Growing(at(place), "run/x.log", theirs)
+    reader.pull()
+    assert not theirs.exists()
+    for size in (10, PIECE_BYTES // 2, 0, PIECE_BYTES - 10 - PIECE_BYTES // 2, 3, 2 * PIECE_BYTES, 1):
+        with ours.open("ab") as file:
+            file.write(chance.randbytes(size))
+        writer.push(lambda: False)
+        if chance.random() < 0.7:
+            reader.pull()
+            assert theirs.read_bytes() == ours.read_bytes()
+    late = Growing(at(place), "run/x.log", tmp_path / "late.log")
+    late.pull()
+    assert (tmp_path / "late.log").read_bytes() == ours.read_bytes()
+    assert len(at(place).read(piece("run/x.log", 1))[0]) == PIECE_BYTES
+
+
+def test_only_the_end_of_a_file_that_grows_is_sent_again(s3, place, tmp_path):
+    path = tmp_path / "x.log"
+    path.write_bytes(b"x" * (3 * PIECE_BYTES + 5))
+    writer = Growing(at(place), "run/x.log", path)
+    writer.push(lambda: False)
+    s3.requests.clear()
+    with path.open("ab") as file:
+        file.write(b"more")
+    writer.push(lambda: False)
+    writer.push(lambda: False)
+    assert [request.partition("?")[0].rpartition("/")[2] for request in s3.requests] == ["x.log.000003"]
+
+
+def test_who_was_replaced_writes_nothing_more_and_who_replaced_him_goes_on(place, tmp_path):
+    old, new = tmp_path / "old.log", tmp_path / "new.log"
+    old.write_bytes(b"one\n")
+    before = Growing(at(place), "run/x.log", old)
+    before.push(lambda: True)
+    after = Growing(at(place), "run/x.log", new)
+    after.pull()
+    old.write_bytes(b"one\nslipped in\n")
+    before.push(lambda: True)
+    new.write_bytes(b"one\ntwo\n")
+    after.push(lambda: True)
+    assert at(place).read("run/x.log")[0] == b"one\ntwo\n"
+    old.write_bytes(b"one\nslipped in\nlate\n")
+    with pytest.raises(Conflict):
+        before.push(lambda: False)
+    assert at(place).read("run/x.log")[0] == b"one\ntwo\n"
+
+
+def test_a_carrier_carries_what_is_written_and_another_node_begins_with_it(place, tmp_path):
+    storage = at(place)
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        (folder / "logs").mkdir(parents=True)
+        (folder / "samples").mkdir()
+    words = {"growing": ["metrics.jsonl", "logs/rank-0.log"], "whole": ["samples/*"], "mirrored": ["checkpoints/**/*"]}
+    carrier = Carrier(storage, "run", here, lambda: True, **words)
+    carrier.fetch()
+    carrier.start()
+    (here / "metrics.jsonl").write_text('{"step": 1}\n')
+    (here / "logs" / "rank-0.log").write_text("hello\n")
+    (here / "logs" / "rank-1.log").write_text("another node's\n")
+    (here / "samples" / "a.png").write_bytes(b"picture")
+    for name in ("old", "new"):
+        (here / "checkpoints" / name).mkdir(parents=True)
+        (here / "checkpoints" / name / "state").write_text(name)
+    deadline = time.monotonic() + 20
+    while not {"run/checkpoints/old/state", "run/samples/a.png"} <= {e.name for e in storage.entries()}:
+        assert time.monotonic() < deadline, storage.entries()
+        time.sleep(0.05)
+    (here / "checkpoints" / "old" / "state").unlink()
+    with (here / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2}\n')
+    carrier.close()
+    names = [entry.name.removeprefix("run/") for entry in storage.entries()]
+    assert names == ["checkpoints/new/state", "logs/rank-0.log", "metrics.jsonl", "samples/a.png"]
+    other = Carrier(storage, "run", there, lambda: True, **words)
+    other.fetch()
+    with (there / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3}\n')
+    assert (there / "checkpoints" / "new" / "state").read_text() == "new"
+    other.close()
+    assert storage.read("run/metrics.jsonl")[0] == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
+def test_a_carrier_that_was_replaced_says_so_and_stops(place, tmp_path):
+    storage = at(place)
+    (tmp_path / "x.log").write_text("ours\n")
+    carrier = Carrier(storage, "run", tmp_path, lambda: False, growing=["x.log"])
+    carrier.fetch()
+    storage.write("run/x.log", b"somebody else's\n")
+    carrier.close()
+    assert carrier.lost
+    assert storage.read("run/x.log")[0] == b"somebody else's\n"
+
+
+# -- read from anywhere ------------------------------------------------------------------------------------------
+
+
+def test_events_metrics_logs_and_checkpoints_are_read(place, capfdbinary):
+    run = a_run(place, state="running", latest={"step": 7, "loss": 1.5})
+    put = {"logs/rank-0.log": b"zero\n", "logs/rank-1.log": b"one\n", "metrics.jsonl": b'{"step": 7, "loss": 1.5}\n'}
+    folder = "checkpoints/step-00000005-1-1"
+    manifest = {"step": 5, "files": {"a": {"bytes": 3}}, "metrics": {"loss": 2.5}, "written_at": 100.0}
+    put |= {
+        f"{folder}/manifest.json": json.dumps(manifest).encode(),
+        f"{folder}/COMMITTED": b"x",
+        f"{folder}/a": b"abc",
+    }
+    put["checkpoints/step-00000009-1-1/a"] = b"not committed"
+    line = {"folder": "step-00000005-1-1", "manifest": "", "bytes": 3, "loss": 2.5}
+    put["checkpoints/committed.json"] = json.dumps({"token": 1, "checkpoints": {"5": line}}).encode()
+    for name, data in put.items():
+        run.storage.write(f"{run.id}/{name}", data)
+    seen = api.Run(f"{place}/{run.id}")
+    assert seen.metrics() == [{"step": 7, "loss": 1.5}]
+    assert seen.logs() == "rank 0 | zero\nrank 1 | one\n"
+    assert seen.best_checkpoint is not None
+    assert seen.best_checkpoint.name == "step-00000005"
+    assert (seen.best_checkpoint / "a").read_bytes() == b"abc"
+    (stored,) = tables.checkpoints(everybody(run))
+    assert (stored["name"], stored["bytes"], stored["time"]) == ("step-00000005", 3, 100.0)
+    assert tables.facts(everybody(run))["step"] == 7
+    reader = everybody(run)
+    logs.show(reader, "rank-0.log", sys.stdout.buffer, follows=False)
+    run.storage.write(f"{run.id}/logs/rank-0.log", b"zero\nagain\n")
+    logs.show(reader, "rank-0.log", sys.stdout.buffer, follows=False, num_lines=1)
+    assert capfdbinary.readouterr().out == b"zero\nagain\n"
+
+
+def test_commands_take_the_storage_from_a_cluster_file_or_a_uri(place, tmp_path):
+    run = a_run(place, state="failed", cause="a reason", exit_code=3)
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(f"name: away\nbackend: {{name: ray_jobs}}\nstorage: {place}\n")
+
+    def dtrain(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", "dtrain", *words], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert run.id in dtrain("ps", "-c", str(cluster))
+    assert f"{place}/{run.id}" in dtrain("status", "--storage", place)
+    assert json.loads(dtrain("status", "--json", f"{place}/{run.id}"))["cause"] == "a reason"
+    assert list(tmp_path.iterdir()) == [cluster], "no copies are left where the command is given"
+
+
+# -- between drivers ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_no_driver_took_is_stopped_and_resumed(place):
+    run = a_run(place)
+    everybody(run).ask_to_stop("me")
+    assert (run.record.state, run.record.exit_code, run.stop_requested) == ("stopped", 130, "me")
+    run.ask_to_stop("me")  # twice is fine
+    everybody(run).requeue("resumed")
+    assert (run.record.state, run.record.submissions, run.stop_requested) == ("queued", 2, None)
+
+
+def test_a_driver_that_has_the_run_is_not_overruled(place):
+    run = a_run(place, state="running", driver_pid=1)
+    with Lease(run.storage, run.id, "a driver") as lease:
+        lease.acquire()
+        assert everybody(run).record.state == "running"
+        run.ask_to_stop("me")
+        assert run.record.state == "running"
+        with pytest.raises(InputError, match="is running"):
+            run.requeue("resumed")
+    assert everybody(run).record.state == "lost"
+
+
+def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_nothing(place):
+    attempt = runs.Attempt(number=1, started_at=1.0, from_step=0, source="scratch")
+    run = a_run(place, state="running", driver_pid=1, attempts=(attempt,), latest={"step": 7})
+    driver = Lease(run.storage, run.id, "the dead driver")
+    driver.acquire(renews=False)
+    assert everybody(run).put_back("its node was lost")
+    record = run.record
+    assert (record.state, record.driver_pid, record.submissions) == ("queued", None, 2)
+    assert (record.attempts[0].cause, record.attempts[0].last_step) == ("its node was lost", 7)
+    assert [e["message"] for e in run.events() if e["event"] == "driver-lost"]
+    with pytest.raises(StorageError, match="newer owner"):
+        driver.fenced_write("run.json", record.model_copy(update={"state": "succeeded"}).model_dump_json().encode())
+    assert run.record.state == "queued"
+    everybody(run).end_dead(RetriesExhausted("that was the last one"))
+    assert (run.record.state, run.record.exit_code) == ("failed", 4)
+    assert not everybody(run).put_back("again"), "it has ended"

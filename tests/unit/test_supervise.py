@@ -1,0 +1,122 @@
+"""What is done about a run that says it is under way: a function of what is seen of it, and then done."""
+
+import os
+
+import pytest
+from making import a_run
+
+from dtrain import api, runs, supervise
+from dtrain.backends import Sight
+from dtrain.errors import InputError
+from dtrain.supervise import Seen, decide
+
+AT_IT = Sight(phase="running")
+OVER = Sight(phase="ended", why="exit code 137", is_over=True, succeeded=False)
+UNTAKEN = Seen(has_driver=False, is_owned=False, can_look=True, sight=None, losses=0, allowed=5, age_s=10.0)
+DRIVEN = Seen(has_driver=True, is_owned=True, can_look=True, sight=AT_IT, losses=0, allowed=5, age_s=1000.0)
+
+
+def seen(of: Seen, **changes) -> Seen:
+    return Seen(**{**vars(of), **changes})
+
+
+@pytest.mark.parametrize(
+    ("what", "action", "why"),
+    [
+        (UNTAKEN, "leave", "waits for its cluster"),
+        (seen(UNTAKEN, sight=Sight(phase="queued", why="no node fits")), "leave", "waits"),
+        (seen(UNTAKEN, sight=OVER), "end", "before a driver began: exit code 137"),
+        (seen(UNTAKEN, age_s=1000.0), "again", "knows nothing of it"),
+        (seen(UNTAKEN, age_s=1000.0, losses=5), "end", "retry.driver allows 5, all used"),
+        (seen(UNTAKEN, age_s=1000.0, can_look=False), "leave", "waits"),
+        (DRIVEN, "leave", "the cluster is at it"),
+        (seen(DRIVEN, is_owned=False), "leave", "the cluster is at it"),  # its head comes back and takes over by itself
+        (seen(DRIVEN, sight=OVER), "again", "exit code 137"),  # no lease is waited for
+        (seen(DRIVEN, sight=OVER, losses=4), "again", "exit code 137"),
+        (seen(DRIVEN, sight=OVER, losses=5), "end", "allows 5, all used; last: the cluster ended its driver"),
+        (seen(DRIVEN, sight=None), "leave", "keeps the lease"),
+        (seen(DRIVEN, sight=None, is_owned=False), "again", "its driver is gone"),
+        (seen(DRIVEN, sight=None, is_owned=False, allowed=0), "end", "allows 0"),
+    ],
+)
+def test_decisions(what, action, why):
+    verdict = decide(what)
+    assert verdict.action == action
+    assert why in verdict.why
+
+
+def test_a_run_whose_driver_died_is_handed_over_again_as_often_as_it_may(tmp_path, monkeypatch):
+    """On this machine's cluster, which can say nothing of a run: the lease decides."""
+    dead = os.fork()
+    if dead == 0:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    run = a_run(tmp_path, state="running", driver_pid=dead)
+    untouched = a_run(tmp_path, state="succeeded", exit_code=0)
+    sent = []
+    monkeypatch.setattr(api.backend_of(run.plan), "send", lambda submission, options, say: sent.append(submission))
+    said: list[str] = []
+    allowed = run.plan.retry.driver
+    for number in range(allowed):
+        assert supervise.look_over(str(tmp_path), None, said.append) == 1
+        record = run.record
+        assert (record.state, record.submissions, len(sent)) == ("queued", number + 2, number + 1)
+        supervise.look_over(str(tmp_path), None, said.append)
+        assert len(sent) == number + 1, "it waits for its cluster now"
+        run.update(state="running", driver_pid=dead)
+    assert supervise.look_over(str(tmp_path), None, said.append) == 1
+    assert (run.record.state, run.record.error_kind, run.record.exit_code) == ("failed", "retries-exhausted", 4)
+    assert len(sent) == allowed
+    assert all(run.id in line for line in said)
+    assert supervise.look_over(str(tmp_path), None, said.append) == 0
+    assert untouched.record.submissions == 1
+
+
+def test_a_driver_that_lives_is_left_alone(tmp_path):
+    run = a_run(tmp_path, state="running", driver_pid=os.getpid())
+    driver = runs.Run(run.path)
+    driver.acquire()
+    supervise.look_over(str(tmp_path), None, print)
+    assert run.record.state == "running"
+    driver.release()
+
+
+def test_trouble_with_one_run_keeps_no_other_from_being_looked_at(tmp_path, monkeypatch):
+    bad, good = a_run(tmp_path, state="running", driver_pid=1), a_run(tmp_path, state="running", driver_pid=1)
+    (bad.path / "plan.json").unlink()
+    sent = []
+    monkeypatch.setattr(api.backend_of(good.plan), "send", lambda submission, options, say: sent.append(submission))
+    said: list[str] = []
+    supervise.look_over(str(tmp_path), None, said.append)
+    assert [submission.run_path for submission in sent] == [str(good.path)]
+    assert any(bad.id in line and "plan.json" in line for line in said)
+
+
+def test_what_this_machines_cluster_does_not_offer_is_said(tmp_path, monkeypatch):
+    from click.testing import CliRunner
+
+    from dtrain.cli import cli
+
+    monkeypatch.chdir(tmp_path)
+    for words, expected in (
+        (["cluster", "scale", "3"], "cannot be scaled"),
+        (["cluster", "doctor"], "`dtrain doctor` checks this machine"),
+    ):
+        result = CliRunner().invoke(cli, words)
+        assert isinstance(result.exception, InputError)
+        assert expected in str(result.exception)
+
+
+def test_a_dry_run_never_takes_the_file_for_its_word(tmp_path):
+    from click.testing import CliRunner
+
+    from dtrain.cli import cli
+
+    job = os.path.join(os.path.dirname(__file__), "..", "ray", "job.yaml")
+    first = CliRunner().invoke(cli, ["submit", "--dry-run", job])
+    last = CliRunner().invoke(cli, ["submit", job, "--dry-run"])
+    assert first.exit_code == last.exit_code == 0, first.output
+    assert "entrypoint" in first.output
+    refused = CliRunner().invoke(cli, ["submit", job, "--dry-run=server"])
+    assert isinstance(refused.exception, InputError)
+    assert "has no server that checks" in str(refused.exception)
