@@ -18,7 +18,7 @@ Answer = tuple[int, Any] | None
 
 
 class Dashboard:
-    """Keeps jobs as Ray's does; `before` may answer in its place (None: it cuts the connection after having done it)."""
+    """Keeps jobs as Ray's does; `before` may answer in its place (None: the connection is cut when it is done)."""
 
     def __init__(self) -> None:
         self.jobs: dict[str, dict[str, Any]] = {}
