@@ -13,7 +13,7 @@ from dtrain.errors import InputError
 
 if TYPE_CHECKING:
     from dtrain.models import ModelSize
-    from dtrain.plan import Workers
+    from dtrain.plan import Plan, Workers
     from dtrain.spec.job import JobSpec
 
 TIGHT = 0.75
@@ -38,7 +38,7 @@ class Bytes:
     """Its place in the moving average, where there is one (`train.ema`)."""
 
 
-def optimizer_bytes(job: "JobSpec") -> float:
+def optimizer_bytes(job: "JobSpec | Plan") -> float:
     """fp32 state of the optimizer for each trained number: Adam's two moments, or SGD's momentum."""
     if job.optimizer.name == "adamw":
         return 8.0

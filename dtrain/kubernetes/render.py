@@ -11,9 +11,12 @@ import shlex
 from typing import TYPE_CHECKING, Any
 
 from dtrain import __version__
+from dtrain.errors import InputError
+from dtrain.footprint import optimizer_bytes
 from dtrain.kubernetes import names, pods
 from dtrain.kubernetes.options import KubeRay
 from dtrain.kubernetes.pods import Identity, Shape
+from dtrain.plan import Plan
 
 if TYPE_CHECKING:
     from dtrain.plan import AnyPlan
@@ -57,8 +60,22 @@ def run_objects(plan: "AnyPlan", options: KubeRay, run_id: str, entrypoint: tupl
     workers = plan.workers
     gpus = workers.per_node if workers.device == "cuda" else 0
     shape = Shape.of(options, workers.cpus_per_node, gpus, is_one_of_many=workers.num_nodes > 1)
+    _check_room(plan, shape)
     job["spec"]["rayClusterSpec"] = _cluster(options, who, shape, workers.num_nodes)
     return (job, *_policies(options, name, who))
+
+
+def _check_room(plan: "AnyPlan", shape: Shape) -> None:
+    """Raises `InputError` when the snapshot of the state cannot lie in /dev/shm, however the nodes share it."""
+    if not isinstance(plan, Plan):
+        return
+    state_gib = plan.arithmetic.num_parameters * (4.0 + optimizer_bytes(plan)) / plan.workers.num_nodes / 2**30
+    room_gib = shape.shm_gib - shape.object_store_gib
+    if state_gib > room_gib:
+        raise InputError(
+            f"the snapshot of weights and optimizer state takes {state_gib:.1f} GiB of each node's /dev/shm, which has"
+            f" {room_gib:.1f} for it; give more by backend.worker.shm_gib, or use more nodes"
+        )
 
 
 def cluster_objects(options: KubeRay) -> tuple[Object, ...]:

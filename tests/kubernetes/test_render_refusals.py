@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from rendering import GPUS, ROOT, a_cluster
+from rendering import GPUS, ROOT, a_cluster, a_plan
 
+from dtrain.backends import kuberay
 from dtrain.errors import InputError
 from dtrain.machine import Machine
 from dtrain.plan import make_plan
@@ -74,6 +75,16 @@ def test_a_job_for_hardware_that_the_cluster_has_not_is_refused(job, cluster, sa
     asked = load_job(ROOT / "jobs" / "gpt_small.yaml", [f"train.{key}={value}" for key, value in job.items()])
     with pytest.raises(InputError, match=said):
         make_plan(asked, a_cluster(**cluster), Machine(4, 64.0))
+
+
+def test_a_snapshot_that_does_not_fit_the_shared_memory_of_a_node_is_refused_before_anything_is_sent():
+    def sent(nodes):
+        worker = {"shm_gib": 60, "object_store_gib": 2}
+        return kuberay.render(a_plan("gpt_7b_zero3", nodes=nodes, backend={"worker": worker}), "gpt_7b_zero3-k3f9")
+
+    assert sent(2).num_nodes == 2  # 37.7 GiB on each
+    with pytest.raises(InputError, match=r"takes 75\.4 GiB of each node's /dev/shm, which has 58\.0 for it"):
+        sent(1)
 
 
 def test_planning_for_a_cluster_does_not_look_at_the_machine_that_plans():
