@@ -90,7 +90,7 @@ def _problem(area: str, error: ClusterError) -> Finding:
 
 def _permissions(api: Client, options: "KubeRay") -> Iterator[Finding]:
     needed: list[Needed] = [*NEEDED]
-    needed += [NEEDED_TO_ISOLATE] if options.network.isolate and options.standing is None else []
+    needed += [NEEDED_TO_ISOLATE] if options.network.isolate else []
     needed += [NEEDED_FOR_STANDING] if options.standing is not None else []
     missing = [word for need in needed for word in _missing(api, options, need)]
     if missing:

@@ -15,7 +15,7 @@ import api_schema
 import yaml
 from api_refusals import Refusal
 from api_resources import REVIEW, Resource
-from api_store import deadline, merge, now, selector
+from api_store import deadline, merge, now, operated, selector
 
 if TYPE_CHECKING:
     from api_server import ApiServer, Fault
@@ -201,7 +201,11 @@ class Handler(BaseHTTPRequestHandler):
     def _patch(self, target: Target) -> tuple[int, Any]:
         if target.name is None:
             raise Refusal(400, "name must be provided")
-        patch, is_apply = self._parsed(), "apply-patch" in self.headers.get("Content-Type", "")
+        kind = self.headers.get("Content-Type", "")
+        if kind == "application/json-patch+json":
+            before = self.api.store.read(target.resource, target.namespace, target.name)
+            return 200, self._changed(target, operated(before, json.loads(self.body)))
+        patch, is_apply = self._parsed(), "apply-patch" in kind
         try:
             before = self.api.store.read(target.resource, target.namespace, target.name)
         except Refusal:

@@ -231,6 +231,23 @@ def merge(target: Any, patch: Any) -> Any:
     return made
 
 
+def operated(target: Object, operations: list[Object]) -> Object:
+    """A JSON patch (RFC 6902), as far as members of objects are added, replaced or removed."""
+    made = copy.deepcopy(target)
+    for operation in operations:
+        *way, last = [part.replace("~1", "/").replace("~0", "~") for part in operation["path"].split("/")[1:]]
+        place: Any = made
+        for part in way:
+            place = place[int(part) if isinstance(place, list) else part]
+        if operation["op"] == "remove":
+            del place[last]
+        elif operation["op"] == "add" or (operation["op"] == "replace" and last in place):
+            place[last] = operation["value"]
+        else:
+            raise Refusal(422, f"the server rejected our request due to an error in our request: {operation}")
+    return made
+
+
 def selector(labels: str, fields: str) -> Match:
     """What a labelSelector and a fieldSelector let pass. Raises `Refusal` for one that cannot be read."""
     wanted = [_label(word.strip()) for word in re.findall(r"[^,(]+(?:\([^)]*\))?", labels)]
