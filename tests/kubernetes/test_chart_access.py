@@ -26,6 +26,7 @@ FOLLOW: Rights = {
         "list": "why nothing happens: scheduler, quota, image, autoscaler",
         "watch": "the same, as it happens",
     },
+    "configmaps dtrain-cluster": {"get": "the cluster file, and no other"},
 }
 SUBMIT: Rights = {
     "rayjobs.ray.io": {"create": "dtrain submit", "delete": "dtrain stop, and a resume of what ended"},
@@ -86,10 +87,11 @@ def _sum(*parts: Rights) -> dict[str, set[str]]:
 def rights(role: Object) -> dict[str, set[str]]:
     given: dict[str, set[str]] = {}
     for rule in role["rules"]:
-        assert set(rule) == {"apiGroups", "resources", "verbs"}
+        assert set(rule) - {"resourceNames"} == {"apiGroups", "resources", "verbs"}
+        only = "".join(f" {one}" for one in rule.get("resourceNames", []))
         for group in rule["apiGroups"]:
             for resource in rule["resources"]:
-                name = f"{resource}.{group}" if group else resource
+                name = (f"{resource}.{group}" if group else resource) + only
                 assert name not in given, f"{name} is there twice: one rule hides in another"
                 given[name] = set(rule["verbs"])
     return given
@@ -137,7 +139,8 @@ def test_no_wildcards_no_secrets_no_ways_up(values: Values) -> None:
     for role in of_kind(objects(values), "Role", "ClusterRole"):
         for resource, verbs in rights(role).items():
             assert "*" not in resource and not verbs & {"*", "escalate", "bind", "impersonate", "deletecollection"}
-            assert not resource.startswith(("secrets", "configmaps", "roles", "rolebindings", "pods/exec"))
+            assert not resource.startswith(("secrets", "roles", "rolebindings", "pods/exec"))
+            assert resource != "configmaps", "all of a namespace's; one by its name is another matter"
             assert resource != "serviceaccounts" or verbs == {"get"}
             if resource == "pods":
                 assert verbs <= {"get", "list", "watch"}, "a pod of one's own could be anything; a RayJob is checked"
