@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundling import TASK, a_plan_of, a_script_plan, repository, write
@@ -19,7 +20,7 @@ from dtrain import bundle, code
 from dtrain.bundle import archive
 from dtrain.bundle.archive import Item
 from dtrain.errors import ClusterError, StorageError
-from dtrain.storage import at
+from dtrain.storage import Storage, at
 
 FILES = {
     "jobs/task.py": "from lib import helper\n\ndef build(data, train):\n    return helper.WORD\n",
@@ -79,6 +80,36 @@ def test_the_same_tree_has_one_name_and_is_stored_once(tmp_path: Path) -> None:
     (two / "jobs/task_.py").write_text(TASK)
     names.add(bundle.pack(a_plan_of(two / "jobs", "./task_.py:build"), two).name)
     assert len(names) == 4
+
+
+def test_neither_time_nor_order_leaves_a_trace_in_an_archive() -> None:
+    items = [Item(name, "file", name.encode()) for name in ("b", "a/c", "a.b", "ä")]
+    assert archive.pack(items) == archive.pack(items[::-1])
+    assert archive.digest(items) == archive.digest(items[::-1])
+    assert archive.pack(items)[4:8] == bytes(4)  # where gzip keeps the time
+
+
+class Counting:
+    """A storage that counts what is written to it."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self.written: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._storage, name)
+
+    def write(self, name: str, data: bytes, **conditions: Any) -> str:
+        self.written.append(name)
+        return self._storage.write(name, data, **conditions)
+
+
+def test_code_that_is_there_is_not_sent_again(tmp_path: Path) -> None:
+    root = write(tmp_path / "client", {"train.py": ""})
+    storage = Counting(at(str(tmp_path / "storage")))
+    sent = bundle.ship(storage, "mine-1", a_script_plan(root))
+    bundle.ship(storage, "mine-2", a_script_plan(root))
+    assert storage.written == [sent.name, "mine-1/code.json", "mine-2/code.json"]
 
 
 def test_modes_links_and_odd_names_arrive_as_they_were(tmp_path: Path) -> None:
@@ -213,13 +244,13 @@ def test_a_run_that_sent_nothing_keeps_its_plan_where_its_code_can_be_seen(tmp_p
         bundle.arrive(storage, "mine-1", plan, tmp_path / "node")
 
 
+@pytest.mark.parametrize("with_git", [True, False])
 def test_a_package_of_ones_own_that_the_client_imports_from_its_source_is_sent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, with_git: bool
 ) -> None:
-    """As `pip install -e` leaves it: found through the import path, in the repository's src/."""
-    root = repository(
-        tmp_path / "client", {"src/my_package/__init__.py": "", "src/my_package/task.py": TASK, "jobs/j.yaml": ""}
-    )
+    """As `pip install -e` leaves it: found through the import path, in the project's src/."""
+    files = {"src/my_package/__init__.py": "", "src/my_package/task.py": TASK, "jobs/j.yaml": ""}
+    root = (repository if with_git else write)(tmp_path / "client", files)
     monkeypatch.syspath_prepend(str(root / "src"))
     plan = a_plan_of(root / "jobs", "my_package.task:build")
     storage = at(str(tmp_path / "storage"))

@@ -38,6 +38,16 @@ def test_in_a_repository_all_that_git_sees_is_sent_as_it_is_now(tmp_path: Path) 
     assert (packed.shipped.num_files, packed.shipped.total_bytes) == (5, sum(map(len, items.values())))
 
 
+def test_where_a_git_hook_says_another_repository_is_does_not_matter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = repository(tmp_path / "project", {"task.py": TASK})
+    other = repository(tmp_path / "other", {"other.py": ""})
+    monkeypatch.setenv("GIT_DIR", str(other / ".git"))
+    monkeypatch.setenv("GIT_WORK_TREE", str(other))
+    assert sent(a_plan_of(root)) == {"task.py"}
+
+
 def test_dtrainignore_leaves_out_what_git_tracks_and_keeps_what_is_left_out_as_usual(tmp_path: Path) -> None:
     root = repository(tmp_path, {"task.py": TASK, "data/a.csv": "", "data/keep.csv": "", "notes/n.md": ""})
     write(root, {"runs/config.py": "", ".secret": ""})
