@@ -8,6 +8,7 @@ from tests.benchmarks import harness
 
 BENCHMARKS = {
     "help": "command",
+    "dry-run": "dry_run",
     "step": "step",
     "strategies": "strategies",
     "startup": "startup",
