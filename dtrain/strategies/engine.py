@@ -20,6 +20,8 @@ from dtrain.strategies.loss_scale import LossScale
 
 Norm = Callable[[list[torch.Tensor]], torch.Tensor]
 """From gradients to the norm of all of them together: a scalar, the same on every worker."""
+COMPILED_APART = 6
+"""How often a block may be compiled: with gradients, without them, in evaluation, each with another size of batch."""
 
 
 class OptimizerEngine:
@@ -139,8 +141,15 @@ def restructure(task: Task, plan: Plan) -> None:
     if plan.workers.total > 1:
         for part in task.parts.values():
             synchronise(part)
+    blocks = task.blocks()
+    if plan.train.compile and blocks:
+        # All blocks share the code of their class, and each shape, in training and out of it, is compiled apart: torch
+        # would give up after eight.
+        from torch._dynamo import config
+
+        config.recompile_limit = max(config.recompile_limit, COMPILED_APART * len(blocks))
     recomputed = {"none": 0, "selective": 2, "full": 1}[plan.train.activation_checkpointing]
-    for number, block in enumerate(task.blocks()):
+    for number, block in enumerate(blocks):
         if recomputed and number % recomputed == 0:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)  # type: ignore[method-assign]
         if plan.train.compile:
