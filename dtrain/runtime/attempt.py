@@ -16,7 +16,7 @@ from typing import Any
 
 from dtrain.checkpoint.snapshot import held_step
 from dtrain.messages import pair, receive, send
-from dtrain.plan import AnyPlan, ScriptPlan
+from dtrain.plan import AnyPlan, Plan, ScriptPlan
 from dtrain.runtime import watchdog
 from dtrain.runtime.control import Control
 from dtrain.runtime.rendezvous import Agreement
@@ -107,6 +107,7 @@ class Attempt:
         self._first_step = int(restore["step"])
         self._next_watch = 0.0
         self._is_script = isinstance(node.plan, ScriptPlan)
+        self._is_compiled = isinstance(node.plan, Plan) and node.plan.train.compile
         self._silence = watchdog.Silence()
         self._leave_by = float("inf")
         self.ranks = [self._fork(local, restore) for local in range(node.plan.workers.per_node)]
@@ -211,8 +212,8 @@ class Attempt:
         elif self._first_step_at is not None:
             usual = float("inf")
         limit = watchdog.timeout(usual, retry.hang_timeout_s, retry.start_timeout_s)
-        if any(beat.phase == watchdog.ENDING for beat in beats.values()):
-            limit = max(limit, retry.start_timeout_s)  # nobody knows how long the last sample takes
+        if watchdog.takes_any_time((beat.phase for beat in beats.values()), is_compiled=self._is_compiled):
+            limit = max(limit, retry.start_timeout_s)
         if not watchdog.is_hung(list(beats.values()), now, limit):
             return []
         stopped = [rank for rank in self.ranks if _is_stopped(rank.child.pid)]

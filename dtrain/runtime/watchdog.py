@@ -1,6 +1,6 @@
 """Is a rank stuck, and which one? Pure: functions of what the ranks last said and of the clock."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 SLOWEST_OF_USUAL = 20.0
@@ -9,6 +9,7 @@ SHORTEST_TIMEOUT_S = 10.0
 LONGEST_OF_SCRIPT = 5.0
 """A script is stuck when it reports nothing for this many times its longest silence between two reports."""
 PHASES = ("starting", "reading data", "forward", "backward", "updating", "snapshot", "evaluating", "ending", "script")
+EVALUATING = PHASES.index("evaluating")
 ENDING = PHASES.index("ending")
 SCRIPT = PHASES.index("script")
 """All that is known of a script: it has reported."""
@@ -35,6 +36,15 @@ def timeout(usual_s: float | None, hang_timeout_s: float, start_timeout_s: float
     if usual_s is None:
         return start_timeout_s
     return min(hang_timeout_s, max(SHORTEST_TIMEOUT_S, SLOWEST_OF_USUAL * usual_s))
+
+
+def takes_any_time(phases: Iterable[int], *, is_compiled: bool) -> bool:
+    """Whether ranks are where nobody knows how long it takes, so that they are given as long as for a start.
+
+    That is at the last sample, and where a model is compiled for evaluation: in the middle of a run, and once more for
+    a last batch of another size.
+    """
+    return any(phase == ENDING or (is_compiled and phase == EVALUATING) for phase in phases)
 
 
 def script_timeout(longest_silence_s: float | None, hang_timeout_s: float, start_timeout_s: float) -> float:

@@ -12,6 +12,7 @@ from dtrain.runtime.watchdog import (
     culprits,
     is_hung,
     script_timeout,
+    takes_any_time,
     timeout,
 )
 from dtrain.training import loop
@@ -49,6 +50,13 @@ def test_the_usual_pace_shortens_the_wait_within_bounds():
 @given(usual=st.floats(0, 1e9), hang=st.floats(0.1, 1e6), start=st.floats(0.1, 1e6))
 def test_no_wait_is_longer_than_asked(usual, hang, start):
     assert 0 < timeout(usual, hang, start) <= hang
+
+
+def test_compiling_for_evaluation_and_the_last_sample_take_any_time():
+    assert takes_any_time([loop.FORWARD, loop.END], is_compiled=False)
+    assert takes_any_time([loop.EVALUATE, loop.EVALUATE], is_compiled=True)
+    assert not takes_any_time([loop.EVALUATE, loop.EVALUATE], is_compiled=False)
+    assert not takes_any_time([loop.DATA, loop.FORWARD, loop.UPDATE], is_compiled=True)
 
 
 def test_one_lively_rank_is_enough():
