@@ -21,6 +21,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from dtrain.checkpoint.pieces import Piece, State, as_pieces
@@ -192,6 +193,14 @@ class Snapshot:
                 pairs.append((self.view(entry), source))
             position += entry.num_bytes
         return pairs
+
+    def room(self, share: "list[tuple[torch.Tensor, torch.Tensor]]") -> np.ndarray:
+        """The memory that `share` (not empty) is copied to, uint8 [n]: whole pages, but for the last of the segment."""
+        whole = np.frombuffer(self._memory, dtype=np.uint8)
+        base = whole.ctypes.data
+        begin = min(destination.data_ptr() for destination, _ in share) - base
+        end = max(d.data_ptr() + d.numel() * d.element_size() for d, _ in share) - base
+        return whole[begin // mmap.PAGESIZE * mmap.PAGESIZE : _aligned(end, mmap.PAGESIZE)]
 
     def view(self, entry: Entry) -> torch.Tensor:
         """The tensor as it lies in the segment: no copy."""

@@ -70,6 +70,8 @@ class Keeper:
         self._snapshot = snapshot
         self._slot = self._local_rank if snapshot.num_slots > 1 else 0
         self._share = snapshot.share(self._slot, state)
+        if self._place.device.type == "cuda" and self._share:
+            pinned(snapshot.room(self._share))  # as long as this process lives
         self.completed = completed
 
     def beat(self, step: int, micro: int, place: int) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -90,25 +91,36 @@ def _signed(draws: np.ndarray) -> np.ndarray:
 
 
 class Mover:
-    """Arrays to tensors on the device; on GPUs through pinned memory, so that the copy overlaps with computing."""
+    """Arrays to tensors on the device; on GPUs from pinned memory, by a stream of its own beside what is computed."""
+
+    NUM_AHEAD = 2
+    """Batches that are copied while the device still computes with an older one."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._computed: deque[torch.cuda.Event] = deque()
 
     def __call__(self, arrays: dict[str, np.ndarray]) -> Batch:
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        if self._device.type == "cpu":
+        if self._stream is None:
             return tensors
-        # What is pinned already is not copied by pin_memory.
-        return {name: t.pin_memory().to(self._device, non_blocking=True) for name, t in tensors.items()}
+        computing = torch.cuda.current_stream(self._device)
+        # Nothing else holds this process back from filling the device's memory with batches.
+        if len(self._computed) > self.NUM_AHEAD:
+            self._computed.popleft().synchronize()
+        self._computed.append(computing.record_event())
+        with torch.cuda.stream(self._stream):
+            # What is pinned already is not copied by pin_memory.
+            moved = {name: t.pin_memory().to(self._device, non_blocking=True) for name, t in tensors.items()}
+        computing.wait_stream(self._stream)
+        for tensor in moved.values():
+            tensor.record_stream(computing)  # else a later copy could take its memory while it is computed with
+        return moved
 
     def when_copied(self) -> Callable[[], None] | None:
         """What waits until the arrays given so far were copied; None when nothing is copied at all."""
-        if self._device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        event.record()
-        return event.synchronize
+        return None if self._stream is None else self._stream.record_event().synchronize
 
 
 def pinned(memory: np.ndarray) -> Callable[[], None]:

@@ -2,6 +2,7 @@
 
 import errno
 import itertools
+import mmap
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -97,6 +99,24 @@ def test_shares_are_about_equal(path):
     sizes = [sum(source.numel() for _, source in snapshot.share(slot, tensors)) for slot in range(4)]
     assert sum(sizes) == 2006
     assert max(sizes) - min(sizes) <= 2
+
+
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_the_room_of_a_share_is_the_memory_that_is_written_to(path, num_slots):
+    state = {"big": torch.arange(50_000.0), "small": torch.arange(7, dtype=torch.int64), "none": torch.zeros(0)}
+    snapshot = Snapshot.create(path, state, num_slots)
+    for slot in range(num_slots):
+        share = snapshot.share(slot, state)
+        room = snapshot.room(share)
+        first, last = room.ctypes.data, room.ctypes.data + room.nbytes
+        for destination, _ in share:
+            assert first <= destination.data_ptr()
+            assert destination.data_ptr() + destination.numel() * destination.element_size() <= last
+        assert first % mmap.PAGESIZE == 0, "what is pinned is pinned page by page"
+        assert room.nbytes < path.stat().st_size / num_slots + 3 * mmap.PAGESIZE, "no more than that is pinned"
+        before = room.copy()
+        snapshot.write_share(slot, 1, share)
+        assert not np.array_equal(before, room)
 
 
 def test_entries_are_aligned_and_do_not_overlap():
