@@ -8,6 +8,7 @@ from chart import (
     EKS,
     EVERYTHING,
     GKE,
+    JOBS,
     RUNS,
     VALUE_SETS,
     Object,
@@ -86,12 +87,45 @@ def test_pods_of_runs_are_admitted_where_the_standard_is_restricted(tmp_path: Pa
 def test_pods_of_runs_have_no_token_but_the_autoscaler(tmp_path: Path) -> None:
     plain = pods_of_run(run_objects(cluster_file({}, tmp_path)))
     assert [pod["spec"]["automountServiceAccountToken"] for pod in plain.values()] == [False, False]
-    scaling = {"autoscaling": {"max_nodes": 4, "service_account": "dtrain-autoscaling"}}
-    pods = pods_of_run(run_objects(cluster_file({}, tmp_path), backend=scaling))
+    scaling: Values = {"clusterFile": {"backend": {"autoscaling": {"max_nodes": 4}}}}
+    pods = pods_of_run(run_objects(cluster_file(scaling, tmp_path)))
     assert pods["head"]["spec"]["serviceAccountName"] == "dtrain-autoscaling"
     assert named(objects({}), "ServiceAccount", "dtrain-autoscaling", RUNS)["automountServiceAccountToken"] is True
     assert pods["worker"]["spec"]["serviceAccountName"] == "dtrain-run"
     assert pods["worker"]["spec"]["automountServiceAccountToken"] is False
+
+
+def test_an_account_of_ones_own_for_the_autoscaler_is_kept(tmp_path: Path) -> None:
+    scaling: Values = {"clusterFile": {"backend": {"autoscaling": {"max_nodes": 4, "service_account": "mine"}}}}
+    assert pods_of_run(run_objects(cluster_file(scaling, tmp_path)))["head"]["spec"]["serviceAccountName"] == "mine"
+
+
+SHIPPED = {
+    path.stem: backend
+    for path in sorted((JOBS.parent / "clusters").glob("*.yaml"))
+    if (backend := yaml.safe_load(path.read_text())["backend"]).get("namespace") == RUNS
+}
+
+
+@pytest.mark.parametrize("backend", SHIPPED.values(), ids=SHIPPED)
+def test_shipped_cluster_files_name_what_the_chart_makes(backend: Object) -> None:
+    there = objects({"kueue": {"enabled": True}, "redis": {"enabled": True}})
+    assert named(there, "ServiceAccount", backend["service_account"], RUNS)
+    if "priority_class" in backend:
+        assert named(there, "PriorityClass", backend["priority_class"])
+    if "queue" in backend:
+        assert named(there, "LocalQueue", backend["queue"]["name"], RUNS)
+    if "autoscaling" in backend:
+        assert backend["autoscaling"]["service_account"] == "dtrain-autoscaling"
+    if "gcs_fault_tolerance" in backend:
+        assert named(there, "Service", backend["gcs_fault_tolerance"]["redis_address"].split(":")[0], RUNS)
+    for volume in backend.get("volumes", []):
+        if "claim" in volume:
+            assert named(there, "PersistentVolumeClaim", volume["claim"], RUNS)
+
+
+def test_there_are_shipped_cluster_files_for_the_chart() -> None:
+    assert len(SHIPPED) >= 5
 
 
 def test_what_the_platform_team_says_of_machines_reaches_the_pods(tmp_path: Path) -> None:

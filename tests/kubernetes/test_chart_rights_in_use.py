@@ -151,6 +151,31 @@ def test_a_submitter_without_any_one_right_of_these_cannot(tmp_path: Path) -> No
                 kuberay.end(RUN, options)
 
 
+def test_a_submitter_keeps_a_standing_cluster(api: ApiServer, tmp_path: Path) -> None:
+    given = _given(IN_NAMESPACE, "ClusterRole", "dtrain-user")
+    options = some_options(kubeconfig=_as(api, tmp_path, given), standing={"name": "shared", "nodes": 1})
+
+    def operator(event: str, cluster: Object) -> None:
+        if event == "DELETED":
+            return
+        count = cluster["spec"]["workerGroupSpecs"][0]["replicas"]
+        status = {
+            "state": "ready",
+            "readyWorkerReplicas": count,
+            "observedGeneration": cluster["metadata"]["generation"],
+            "conditions": [{"type": "HeadPodReady", "status": "True"}],
+        }
+        if cluster.get("status") != status:
+            api.set_status("RayCluster", "shared", status)
+
+    with api.listen("RayCluster", operator):
+        assert kuberay.cluster_up(options, print)["state"] == "up"
+        assert kuberay.cluster_scale(options, 2, print)["nodes_ready"] == 2
+        assert kuberay.cluster_status(options)["state"] == "up"
+        assert kuberay.cluster_down(options)
+    assert _asked(api) <= given
+
+
 def test_a_viewer_looks_and_cannot_touch(api: ApiServer, tmp_path: Path) -> None:
     theirs = some_options(kubeconfig=str(api.kubeconfig(tmp_path / "admin")))
     options = some_options(kubeconfig=_as(api, tmp_path, _given(IN_NAMESPACE, "ClusterRole", "dtrain-viewer")))
