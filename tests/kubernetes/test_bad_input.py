@@ -1,4 +1,4 @@
-"""`dtrain submit` to a cluster that cannot take the run: one message with the next move, at once, nothing left there."""
+"""`dtrain submit` to a cluster that cannot take the run: one message with the next move, at once, nothing left."""
 
 import os
 import subprocess
