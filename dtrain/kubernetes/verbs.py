@@ -23,6 +23,8 @@ FIRST_WORD_S = 2.0
 """How long the operator gets to say that it finds a run invalid; it takes well under a second."""
 GONE_S = 30.0
 """How long objects get to go away, beside the time that pods have for a last checkpoint."""
+COLLECTED_S = 0.5
+"""Between two looks whether the garbage of an earlier attempt is collected."""
 NUM_TOLD = 2
 """Pods whose events are asked for: those that keep the others waiting."""
 Say = Callable[[str], None]
@@ -50,12 +52,14 @@ def send(submission: Sendable, options: "KubeRay", say: Say) -> None:
     Raises `ClusterError`, and then leaves nothing behind.
     """
     with client.of(options) as api:
-        job = _create_job(api, submission, options, say)
+        job, is_new = _create_job(api, submission, options, say)
         try:
             for made in submission.objects[1:]:
-                _create_beside(api, made, job)
+                _create_beside(api, made, job, is_new)
             _await_first_word(api, submission)
         except (ClusterError, KeyboardInterrupt):
+            if not is_new:
+                raise  # it was under way before
             with contextlib.suppress(ClusterError):  # what went wrong first is what is told
                 api.delete(RAY_JOB, submission.namespace, submission.name, job["metadata"]["uid"])
             raise
@@ -71,13 +75,14 @@ def check(submission: Sendable, options: "KubeRay") -> list[str]:
         return list(dict.fromkeys(api.warnings))
 
 
-def _create_job(api: Client, submission: Sendable, options: "KubeRay", say: Say) -> Object:
+def _create_job(api: Client, submission: Sendable, options: "KubeRay", say: Say) -> tuple[Object, bool]:
+    """The run's RayJob, and whether it was made just now."""
     wanted, namespace, name = submission.objects[0], submission.namespace, submission.name
     deadline = time.monotonic() + options.termination_grace_s + GONE_S
     while True:
         repeated = api.num_repeated
         try:
-            return api.create(RAY_JOB, namespace, wanted)
+            return api.create(RAY_JOB, namespace, wanted), True
         except Refused as refusal:
             if refusal.code != 409 or time.monotonic() > deadline:
                 raise
@@ -86,7 +91,7 @@ def _create_job(api: Client, submission: Sendable, options: "KubeRay", say: Say)
             continue  # it went away in between
         is_own = api.num_repeated > repeated  # the answer was lost, and what is there is what was just made
         if _is_handed_over(found, submission, is_own):
-            return found
+            return found, is_own
         say("taking what is left of an earlier attempt off the cluster")
         api.delete(RAY_JOB, namespace, name, found["metadata"]["uid"])
         await_gone(api, RAY_JOB, namespace, f"metadata.name={name}", deadline)
@@ -117,37 +122,36 @@ def _is_handed_over(found: Object, submission: Sendable, is_own: bool) -> bool:
     return True
 
 
-def _create_beside(api: Client, made: Object, owner: Object) -> None:
+def _create_beside(api: Client, made: Object, owner: Object, is_new: bool) -> None:
     """An object that belongs to the RayJob and goes with it."""
     metadata = {**made["metadata"], "ownerReferences": [owner_reference(owner)]}
     deadline = time.monotonic() + GONE_S
     while True:
+        repeated = api.num_repeated
         try:
             api.create(kind_of(made), metadata["namespace"], {**made, "metadata": metadata})
             return
         except Refused as refusal:
-            if refusal.code != 409:
+            if refusal.code != 409 or time.monotonic() > deadline:
                 raise
-            found = _find(api, made)
-            is_this = found is None or any(
-                reference["uid"] == owner["metadata"]["uid"]
-                for reference in found["metadata"].get("ownerReferences") or ()
-            )
-            if is_this and found is not None:
-                return
-            if time.monotonic() > deadline:
-                raise
-        time.sleep(0.5)  # that of an earlier attempt is about to be collected
+        # Where it may not be read, it is this run's if the RayJob was there before, or an answer was lost.
+        found, is_readable = _find(api, made)
+        owners = (found or {}).get("metadata", {}).get("ownerReferences") or ()
+        if any(reference["uid"] == owner["metadata"]["uid"] for reference in owners):
+            return
+        if not is_readable and (not is_new or api.num_repeated > repeated):
+            return
+        time.sleep(COLLECTED_S)  # that of an earlier attempt is about to be collected
 
 
-def _find(api: Client, made: Object) -> Object | None:
-    """The object that has this one's name; None where it is gone, or may not be read."""
+def _find(api: Client, made: Object) -> tuple[Object | None, bool]:
+    """The object that has this one's name, and whether it may be read at all."""
     try:
-        return api.get(kind_of(made), made["metadata"]["namespace"], made["metadata"]["name"])
+        return api.get(kind_of(made), made["metadata"]["namespace"], made["metadata"]["name"]), True
     except Refused as refusal:
         if refusal.code != 403:
             raise
-        return None
+        return None, False
 
 
 def _await_first_word(api: Client, submission: Sendable) -> None:

@@ -1,5 +1,6 @@
 """Hand over, look, end: against a server that loses answers, refuses and forgets; nothing is left behind."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,6 +141,41 @@ def test_a_run_that_is_under_way_with_another_plan(api: ApiServer, options: kube
         api.patch("RayJob", NAME, {"metadata": {"annotations": {names.PLAN: "another"}}})
         with pytest.raises(ClusterError, match=f"run {RUN} is under way with another plan; `dtrain stop {RUN}`"):
             kuberay.send(submission(), options, print)
+
+
+@pytest.mark.parametrize("trouble", ["none", "lost answer", "sent again", "left over"])
+def test_somebody_who_may_not_read_what_is_there(
+    api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    """As a role may be that only lets people submit: no more is read than has to be, and no live run is ended."""
+    monkeypatch.setattr(verbs, "COLLECTED_S", 0.05)
+    rules = [(verb, "ray.io", "rayjobs") for verb in ("create", "get", "list", "watch", "delete")]
+    path = _forbid(api, tmp_path, *rules, ("create", "networking.k8s.io", "networkpolicies"))
+    options = some_options(kubeconfig=path)
+    with operator(api):
+        if trouble == "lost answer":
+            api.fail("networkpolicies$", cut="after")
+        if trouble == "left over":
+            api.put({"kind": "NetworkPolicy", "metadata": {"name": NAME, "namespace": "dtrain"}})
+            collector = threading.Thread(target=lambda: (time.sleep(0.5), api.remove("NetworkPolicy", NAME)))
+            collector.start()
+        kuberay.send(submission(), options, print)
+        if trouble == "sent again":
+            kuberay.send(submission(), options, print)
+        if trouble == "left over":
+            collector.join()
+    assert everything(api) == [f"RayJob {NAME}", f"NetworkPolicy {NAME}"]
+    assert api.get("NetworkPolicy", NAME)["metadata"]["ownerReferences"]
+
+
+def test_a_run_that_was_there_before_outlives_a_failed_second_try(api: ApiServer, options: kuberay.Options) -> None:
+    with operator(api):
+        kuberay.send(submission(), options, print)
+        api.remove("NetworkPolicy", NAME)
+        api.fail("networkpolicies$", status=403, message="no more of these", times=9)
+        with pytest.raises(ClusterError, match="no more of these"):
+            kuberay.send(submission(), options, print)
+    assert everything(api) == [f"RayJob {NAME}"]
 
 
 def _forbid(api: ApiServer, path: Path, *rules: tuple[str, str, str]) -> str:
