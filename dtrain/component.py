@@ -9,6 +9,7 @@ inside functions or for type checking only.
 import difflib
 import importlib
 import inspect
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, create_model
+from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
 
 from dtrain.errors import InputError
 
@@ -82,13 +84,70 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; there is: {', '.join(sorted(candidates))}" if candidates else ""
 
 
-@cache
+@dataclass(frozen=True)
+class Choice:
+    """Beside `Any` in `Annotated`: a component of `folder`, whose `name` picks the options that may stand beside it.
+
+    Only the one that is named is imported, and has its options made: a command reads one job, not all there could be.
+    """
+
+    folder: str
+
+    @property
+    def union(self) -> Any:
+        """The type in full: what a schema lists and a message chooses from."""
+        return _union(self.folder)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
+        return core_schema.with_info_plain_validator_function(self._chosen)
+
+    def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> Any:
+        return handler(TypeAdapter(self.union).core_schema)
+
+    def _chosen(self, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, Options) and hasattr(value, "name"):
+            return value
+        name = value.get("name") if isinstance(value, dict) else None
+        known = name if isinstance(name, str) and name in names(self.folder) else None
+        if not isinstance(value, dict):
+            raise PydanticKnownError("model_attributes_type")
+        if "name" not in value:
+            raise PydanticKnownError("union_tag_not_found", {"discriminator": "'name'"})
+        if known is None:
+            listed = ", ".join(f"'{name}'" for name in names(self.folder))
+            tags = {"discriminator": "'name'", "tag": str(name), "expected_tags": listed}
+            raise PydanticKnownError("union_tag_invalid", tags)
+        one = _validator(self.folder, known)
+        if info.mode != "json":
+            return one.validate_python(value)
+        # What holds for the whole document holds for this part of it: see FROM_FILE.
+        rules = info.context if info.context is not None else {}
+        return one.validate_json(json.dumps(value), **rules)
+
+
+FROM_FILE: dict[str, Any] = {"strict": True, "by_alias": True, "by_name": False}
+"""How a file of a person's is validated; passed on to components as the context."""
+
+
 def union(folder: str) -> Any:
     """The type of a setting that names a component: its `name` picks the options that may stand beside it."""
+    return Annotated[Any, Choice(folder)]
+
+
+@cache
+def _union(folder: str) -> Any:
     members = [with_name(name, load(folder, name).Options) for name in names(folder)]
     if len(members) == 1:
         return members[0]
     return Annotated[Union[tuple(members)], Field(discriminator="name")]  # noqa: UP007 -- made at run time
+
+
+@cache
+def _validator(folder: str, name: str) -> SchemaValidator:
+    """Of one component; it puts the name into the location of a mistake, as that of all of them would."""
+    options = with_name(name, load(folder, name).Options)
+    schema = core_schema.tagged_union_schema({name: options.__pydantic_core_schema__}, discriminator="name")
+    return SchemaValidator(schema)
 
 
 @cache

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import pydantic
 
-from dtrain.component import Options
+from dtrain.component import FROM_FILE, Options
 from dtrain.errors import InputError
 from dtrain.spec import document, words
 from dtrain.spec.cluster import ClusterSpec
@@ -141,7 +141,7 @@ def _checked(spec: type[Spec], root: Node) -> Spec:
     mistakes, result = list(root.mistakes), None
     try:
         # Through JSON, where strictness lets a list be a tuple. Files say aliases (`global`) only.
-        result = spec.model_validate_json(json.dumps(root.plain()), strict=True, by_alias=True, by_name=False)
+        result = spec.model_validate_json(json.dumps(root.plain()), context=FROM_FILE, **FROM_FILE)
     except pydantic.ValidationError as error:
         mistakes += in_words(error.errors(include_url=False), spec, root)
     mistakes = _of_either_kind(spec, root, mistakes)

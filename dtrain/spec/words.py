@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from dtrain.component import Options, Says
+from dtrain.component import Choice, Options, Says
 
 UNIONS = (Union, types.UnionType)
 
@@ -30,6 +30,10 @@ def annotation_of(field: FieldInfo) -> Any:
 
 def alternatives(annotation: Any) -> list[Any]:
     """The members of a union, or the type itself; what stands around them in `Annotated` is dropped."""
+    if get_origin(annotation) is Annotated:
+        for mark in get_args(annotation)[1:]:
+            if isinstance(mark, Choice):
+                return alternatives(mark.union)
     while get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in UNIONS:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in UNIONS:

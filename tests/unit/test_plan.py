@@ -17,7 +17,7 @@ from dtrain.plan import BatchArithmetic, Plan, make_plan
 MACHINES = st.builds(
     Machine,
     num_cores=st.integers(1, 256),
-    memory_gib=st.floats(0.5, 4096),
+    memory_gib=st.floats(64, 4096),
     gpus=st.integers(0, 16).map(lambda n: (Gpu("H200", 141.0),) * n),
 )
 
