@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dtrain import component, runs, storage
 from dtrain.component import Options
@@ -34,6 +34,7 @@ AnyJob = str | Path | Mapping[str, Any] | JobSpec | ScriptSpec
 AnyCluster = str | Path | Mapping[str, Any] | ClusterSpec | None
 Overrides = Sequence[str] | Mapping[str, Any]
 Say = Callable[[str], None]
+P = TypeVar("P", bound=AnyPlan)
 
 
 def submit(job: AnyJob, cluster: AnyCluster = None, overrides: Overrides = (), *, say: Say | None = None) -> "Run":
@@ -46,8 +47,8 @@ def submit(job: AnyJob, cluster: AnyCluster = None, overrides: Overrides = (), *
     """
     settings = _settings(overrides)
     plan = decide(job, cluster, settings)
-    run = runs.create(plan, job_text(job, settings))
-    hand_over(run, plan, say or _nothing, folder=folder_of(job), is_new=True)
+    run, plan = create(plan, job_text(job, settings), say or _nothing, folder_of(job))
+    hand_over(run, plan, say or _nothing)
     return Run(run.where)
 
 
@@ -173,15 +174,33 @@ def folder_of(job: AnyJob) -> Path | None:
     return Path(job).parent if isinstance(job, str | Path) else None
 
 
-def hand_over(run: runs.Run, plan: AnyPlan, say: Say, *, folder: Path | None = None, is_new: bool = False) -> None:
-    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting.
+def create(plan: P, text: str, say: Say, folder: Path | None, name: str | None = None) -> tuple[runs.Run, P]:
+    """A new run, and its plan as the cluster reads it: to a cluster elsewhere the user's own code goes along.
 
-    To a cluster elsewhere the user's own code goes along with a new run; `folder` is that of the job's file.
+    `text` is the job's, `folder` that of its file. Code that cannot be sent is refused before there is a run.
     """
+    if not hasattr(backend_of(plan), "look"):
+        return runs.create(plan, text, name), plan
+    from dtrain import bundle
+
+    place = storage.at(plan.storage)
+    sent = bundle.send(place, plan, folder, say)
+    if sent is not None and place.local is not None:
+        plan = bundle.settle(place, plan, sent)
+    run = runs.create(plan, text, name)
+    if sent is not None:
+        bundle.record(place, run.id, sent)
+    return run, plan
+
+
+def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
+    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
     backend = backend_of(plan)
     try:
         if hasattr(backend, "look"):
-            _equip(run, plan, say, folder, is_new)
+            from dtrain import handshake
+
+            handshake.record(storage.at(plan.storage), run.id)
         backend.send(backend.render(plan, run.path), plan.backend, say)
     except DtrainError as error:
         run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
@@ -189,16 +208,6 @@ def hand_over(run: runs.Run, plan: AnyPlan, say: Say, *, folder: Path | None = N
     except KeyboardInterrupt:
         run.ask_to_stop("Ctrl-C")
         raise
-
-
-def _equip(run: runs.Run, plan: AnyPlan, say: Say, folder: Path | None, is_new: bool) -> None:
-    """Put on storage what a driver on another machine needs: code, and the versions that this client has."""
-    from dtrain import bundle, handshake
-
-    place = storage.at(plan.storage)
-    if is_new and place.local is None:  # a folder that all nodes see is beside the code that they see
-        bundle.ship(place, run.id, plan, folder, say)
-    handshake.record(place, run.id)
 
 
 def sight_of(run: runs.Run, plan: AnyPlan) -> "Sight | None":

@@ -175,9 +175,9 @@ def submit(
     if dry_run:
         _dry_run(decided, name, with_server=dry_run == "server")
         return
-    run = runs.create(decided, api.job_text(file, overrides), name)
-    api.hand_over(run, decided, _say, folder=file.parent, is_new=True)
-    _attend(run, decided, detach, as_json)
+    run, planned = api.create(decided, api.job_text(file, overrides), _say, file.parent, name)
+    api.hand_over(run, planned, _say)
+    _attend(run, planned, detach, as_json)
 
 
 @cli.section("Run")

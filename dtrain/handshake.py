@@ -10,17 +10,20 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
+import json
 import platform
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from pydantic import Field
+
 from dtrain import __version__
 from dtrain.component import Options
 from dtrain.errors import ClusterError
 from dtrain.finding import Finding, Say
-from dtrain.plan import AnyPlan, Plan
+from dtrain.plan import AnyPlan, Plan, read_plan
 from dtrain.storage import NotThere, Storage
 
 RECORD = "versions.json"
@@ -36,9 +39,9 @@ class Versions(Options):
 
     python: str
     dtrain: str
-    code: str
+    code: str = ""
     """What dtrain's own sources hold, as a short word."""
-    packages: dict[str, str]
+    packages: dict[str, str] = Field(default={})
     """Of those that are watched, the ones that are installed."""
     cuda: str | None = None
     """The CUDA that torch was built for; None for a build for CPUs, or no torch."""
@@ -197,22 +200,31 @@ def record(storage: Storage, run_id: str) -> None:
     storage.write(f"{run_id}/{RECORD}", mine().model_dump_json(indent=2).encode())
 
 
-def check(storage: Storage, run_id: str, plan: AnyPlan, say: Say | None = None) -> None:
+def check(storage: Storage, run_id: str, say: Say | None = None) -> None:
     """On the cluster, before anything is reserved: `say` what may matter.
 
-    Raises `ClusterError`, with a line for each, when something does not fit that must.
+    Raises `ClusterError`, with a line for each, when something does not fit that must; `NotThere` without a plan.
     """
-    try:
-        client = Versions.model_validate_json(storage.read(f"{run_id}/{RECORD}")[0])
-    except NotThere:
-        client = None
-    found = compare(client, mine(), plan)
+    client, cluster = _of_client(storage, run_id), mine()
+    # Another dtrain's plan may not even be readable here: first what does not depend on it.
+    found = list(_differing(client, cluster)) if client is not None else []
+    if not found:
+        found = compare(client, cluster, read_plan(storage.read(f"{run_id}/plan.json")[0].decode()))
     for finding in found:
         if finding.state == "warning" and say is not None:
             say(f"{finding.text}; {finding.remedy}")
     problems = [finding for finding in found if finding.state == "problem"]
     if problems:
         raise ClusterError("\n".join(f"{finding.text}; {finding.remedy}" for finding in problems))
+
+
+def _of_client(storage: Storage, run_id: str) -> Versions | None:
+    """What the client wrote down; what another dtrain may have added to it is passed over."""
+    try:
+        written = json.loads(storage.read(f"{run_id}/{RECORD}")[0])
+    except NotThere:
+        return None
+    return Versions(**{name: value for name, value in written.items() if name in Versions.model_fields})
 
 
 def text(versions: Versions) -> str:

@@ -1,7 +1,8 @@
 """How a user's own code gets to a cluster: one archive, named by what it holds, in the storage of the runs.
 
-On the client `ship` puts it there and writes what was sent into the run's folder; on each node `arrive` fetches it,
-compares it with its name, and gives the plan with its paths changed. A job made of dtrain's own parts sends nothing.
+On the client `send` puts it there, before there is a run, and `record` writes into the run's folder what was sent; on
+each node `arrive` fetches it, compares it with its name, and gives the plan with its paths changed. Where the storage
+is a folder that the nodes see too, `settle` does that once for all. A job made of dtrain's own parts sends nothing.
 
     <storage>/code/<digest>.tar.gz     shared by all runs of the same code
     <storage>/<run>/code.json          which one a run uses, and the folder it came from
@@ -38,7 +39,9 @@ __all__ = [
     "pack",
     "put",
     "rebase",
-    "ship",
+    "record",
+    "send",
+    "settle",
 ]
 
 FOLDER = "code"
@@ -128,10 +131,8 @@ def config_map_data(bundle: Bundle) -> dict[str, str] | None:
     return {f"{bundle.shipped.digest}.tar.gz": encoded} if len(encoded) <= TINY_BYTES else None
 
 
-def ship(
-    storage: Storage, run_id: str, plan: AnyPlan, folder: Path | None = None, say: Say | None = None
-) -> Bundle | None:
-    """Send what a run needs of the user's own code, and write down in its folder what that was.
+def send(storage: Storage, plan: AnyPlan, folder: Path | None = None, say: Say | None = None) -> Bundle | None:
+    """Put what a plan needs of the user's own code into a storage; None when that is nothing.
 
     Raises `InputError` as `pack` does, and `StorageError`.
     """
@@ -147,8 +148,22 @@ def ship(
                 f" a line !{name.rpartition(' (')[0]} in {files.IGNORE_FILE}"
             )
     put(storage, bundle)
-    storage.write(f"{run_id}/{RECORD}", bundle.shipped.model_dump_json(indent=2).encode())
     return bundle
+
+
+def record(storage: Storage, run_id: str, bundle: Bundle) -> None:
+    """Write into a run's folder which code it uses. Raises `StorageError`."""
+    storage.write(f"{run_id}/{RECORD}", bundle.shipped.model_dump_json(indent=2).encode())
+
+
+def settle(storage: Storage, plan: P, bundle: Bundle) -> P:
+    """Where the storage is a folder that the nodes see too: unpack what was sent there, once for all of them.
+
+    Gives the plan with the paths that its files have there.
+    """
+    assert storage.local is not None
+    root = fetch(storage, bundle.shipped.digest, storage.local / FOLDER)
+    return _moved(plan, bundle.shipped, root)
 
 
 # -- on the cluster --------------------------------------------------------------------------------------------
@@ -194,18 +209,21 @@ def arrive(
     """
     moved = plan
     try:
-        record = storage.read(f"{run_id}/{RECORD}")[0]
+        found = storage.read(f"{run_id}/{RECORD}")[0]
     except NotThere:
         if lost := [file for file in _own(plan) if not os.path.exists(file)]:
             raise StorageError(
                 f"{lost[0]} is not on this node, and {run_id} has no {RECORD} that says where its code is; submit again"
             ) from None
     else:
-        shipped = Shipped.model_validate_json(record)
-        root = fetch(storage, shipped.digest, folder, mounted)
-        moved = rebase(plan, shipped.root, str(root), lambda path: bool(glob.glob(path, recursive=True)))
+        shipped = Shipped.model_validate_json(found)
+        moved = _moved(plan, shipped, fetch(storage, shipped.digest, folder, mounted))
     _check_installed(plan, moved, say)
     return moved
+
+
+def _moved(plan: P, shipped: Shipped, root: Path) -> P:
+    return rebase(plan, shipped.root, str(root), lambda path: bool(glob.glob(path, recursive=True)))
 
 
 def _check_installed(plan: AnyPlan, moved: AnyPlan, say: Say | None) -> None:

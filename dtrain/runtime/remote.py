@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         place = storage.at(asked.storage)
         if place.local is not None:
             run = Run(place.local / asked.run)
-            handshake.check(place, run.id, run.plan, _say)
+            handshake.check(place, run.id, _say)
             return _drive(run, asked.address, None)
         with OnHead(place, asked.storage, asked.run) as away:
             return _drive(away.run, asked.address, away)
@@ -51,9 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drive(run: Run, address: str, away: "OnHead | None") -> int:
-    words = ["--run", str(run.path), "--folder", str(base() / "driver"), "--placed", "--address", address]
+    folder = base() / "driver" if away is None else run.path
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    words = ["--run", str(run.path), "--folder", str(folder), "--placed", "--address", address]
     words += ["--lease", str(away.lock)] if away is not None else []
-    (base() / "driver").mkdir(mode=0o700, parents=True, exist_ok=True)
     arguments = driver.arguments_of(words)
     if not run.stored_record().ended:
         with _saying_to(run.logs / "driver.log"):
@@ -96,10 +97,10 @@ class OnHead:
     def __enter__(self) -> "OnHead":
         where = f"{self._place.uri.rstrip('/')}/{self._run_id}"
         try:
+            handshake.check(self._place, self._run_id, _say)
             plan = arrived_plan(self._place, self._run_id)
         except NotThere:
             raise StorageError(f"{where} is not there: nothing was submitted under this name") from None
-        handshake.check(self._place, self._run_id, plan, _say)
         token = self._lease.acquire(TAKE_OVER_S)
         self._own = OwnFolder(self._run_id, token, "driver")
         self.run = Run(self._own.path)

@@ -8,8 +8,10 @@ from typing import Any
 
 from making import TWO_CORES, a_cluster
 
-from dtrain.plan import Plan, ScriptPlan, make_plan
+from dtrain import bundle
+from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
 from dtrain.spec.job import JobSpec, ScriptSpec
+from dtrain.storage import Storage
 
 TASK = "def build(data, train, **options):\n    return 'the task'\n"
 
@@ -55,3 +57,11 @@ def a_script_plan(folder: Path, **entrypoint: Any) -> ScriptPlan:
     """The plan of a job file in `folder` that names a script."""
     job = ScriptSpec.model_validate({"name": "mine", "entrypoint": {"script": "train.py", **entrypoint}})
     return make_plan(job, a_cluster(), TWO_CORES, folder)
+
+
+def ship(storage: Storage, run_id: str, plan: AnyPlan, folder: Path | None = None, **more: Any) -> bundle.Bundle | None:
+    """All that a client does for a run's code."""
+    sent = bundle.send(storage, plan, folder, **more)
+    if sent is not None:
+        bundle.record(storage, run_id, sent)
+    return sent

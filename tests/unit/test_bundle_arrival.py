@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bundling import TASK, a_plan_of, a_script_plan, repository, write
+from bundling import TASK, a_plan_of, a_script_plan, repository, ship, write
 from making import a_plan
 
 from dtrain import bundle, code
@@ -44,7 +44,7 @@ def test_the_code_of_a_job_runs_where_the_client_s_folder_is_not(tmp_path: Path)
     plan = a_plan_of(root / "jobs", data={"name": "custom", "open": "./my_data.py:open_data"})
     storage = at(str(tmp_path / "storage"))
     said: list[str] = []
-    sent = bundle.ship(storage, "mine-1", plan, say=said.append)
+    sent = ship(storage, "mine-1", plan, say=said.append)
     assert said == [f"sending 3 files of {root} ({sent.shipped.total_bytes} B)"]
     shutil.rmtree(root)
     moved = bundle.arrive(storage, "mine-1", plan, tmp_path / "node")
@@ -66,9 +66,9 @@ def test_the_same_tree_has_one_name_and_is_stored_once(tmp_path: Path) -> None:
     for path in two.rglob("*.py"):
         os.utime(path, (1, 1))
         path.chmod(0o600)
-    first = bundle.ship(storage, "mine-1", a_plan_of(one / "jobs"))
+    first = ship(storage, "mine-1", a_plan_of(one / "jobs"))
     stored = storage.entries("code/")
-    second = bundle.ship(storage, "mine-2", a_plan_of(two / "jobs"), two)
+    second = ship(storage, "mine-2", a_plan_of(two / "jobs"), two)
     assert first.archive == second.archive
     assert first.name == second.name == stored[0].name
     assert storage.entries("code/") == stored
@@ -107,8 +107,8 @@ class Counting:
 def test_code_that_is_there_is_not_sent_again(tmp_path: Path) -> None:
     root = write(tmp_path / "client", {"train.py": ""})
     storage = Counting(at(str(tmp_path / "storage")))
-    sent = bundle.ship(storage, "mine-1", a_script_plan(root))
-    bundle.ship(storage, "mine-2", a_script_plan(root))
+    sent = ship(storage, "mine-1", a_script_plan(root))
+    ship(storage, "mine-2", a_script_plan(root))
     assert storage.written == [sent.name, "mine-1/code.json", "mine-2/code.json"]
 
 
@@ -120,7 +120,7 @@ def test_modes_links_and_odd_names_arrive_as_they_were(tmp_path: Path) -> None:
     (root / "run.sh").chmod(0o755)
     (root / "link.sh").symlink_to("run.sh")
     storage = at(str(tmp_path / "storage"))
-    sent = bundle.ship(storage, "mine-1", a_script_plan(root))
+    sent = ship(storage, "mine-1", a_script_plan(root))
     here = bundle.fetch(storage, sent.shipped.digest, tmp_path / "node")
     names = [str(path.relative_to(here)) for path in here.rglob("*") if not path.is_dir()]
     assert sorted(names) == sorted(["train.py", "run.sh", odd, "größe/é.txt", "x" * 120, "link.sh"])
@@ -133,7 +133,7 @@ def test_modes_links_and_odd_names_arrive_as_they_were(tmp_path: Path) -> None:
 def test_many_processes_of_a_node_may_fetch_at_once(tmp_path: Path) -> None:
     root = write(tmp_path / "client", {"train.py": "", **{f"f{n}.py": "x" * n for n in range(200)}})
     storage = at(str(tmp_path / "storage"))
-    sent = bundle.ship(storage, "mine-1", a_script_plan(root))
+    sent = ship(storage, "mine-1", a_script_plan(root))
 
     def fetch(_: int) -> int:
         return len(list(bundle.fetch(storage, sent.shipped.digest, tmp_path / "node").iterdir()))
@@ -146,7 +146,7 @@ def test_many_processes_of_a_node_may_fetch_at_once(tmp_path: Path) -> None:
 def test_an_archive_that_is_not_what_was_sent_is_refused_and_nothing_of_it_written(tmp_path: Path) -> None:
     root = write(tmp_path / "client", {"train.py": "print(1)\n" * 100})
     plan, storage = a_script_plan(root), at(str(tmp_path / "storage"))
-    sent = bundle.ship(storage, "mine-1", plan)
+    sent = ship(storage, "mine-1", plan)
     other = archive.pack([Item("train.py", "file", b"import os")])
     flipped = bytearray(sent.archive)
     flipped[len(flipped) // 2] ^= 1
@@ -215,7 +215,7 @@ def test_an_archive_that_unpacks_to_more_than_anybody_sends_is_refused(monkeypat
 def test_a_tiny_archive_may_come_as_a_config_map_and_is_verified_all_the_same(tmp_path: Path) -> None:
     root = write(tmp_path / "client", {"train.py": ""})
     plan, storage = a_script_plan(root), at(str(tmp_path / "storage"))
-    sent = bundle.ship(storage, "mine-1", plan)
+    sent = ship(storage, "mine-1", plan)
     storage.delete([sent.name])
     ((key, encoded),) = bundle.config_map_data(sent).items()
     mounted = write(tmp_path / "mounted", {key: base64.b64decode(encoded)})
@@ -231,7 +231,7 @@ def test_a_tiny_archive_may_come_as_a_config_map_and_is_verified_all_the_same(tm
 def test_a_run_that_sent_nothing_keeps_its_plan_where_its_code_can_be_seen(tmp_path: Path) -> None:
     storage = at(str(tmp_path / "storage"))
     shipped_parts = a_plan(tmp_path)
-    assert bundle.ship(storage, "tiny-1", shipped_parts) is None
+    assert ship(storage, "tiny-1", shipped_parts) is None
     assert storage.entries() == []
     assert bundle.arrive(storage, "tiny-1", shipped_parts, tmp_path / "node") == shipped_parts
     root = write(tmp_path / "shared", {"task.py": TASK})
@@ -254,7 +254,7 @@ def test_a_package_of_ones_own_that_the_client_imports_from_its_source_is_sent(
     monkeypatch.syspath_prepend(str(root / "src"))
     plan = a_plan_of(root / "jobs", "my_package.task:build")
     storage = at(str(tmp_path / "storage"))
-    bundle.ship(storage, "mine-1", plan)
+    ship(storage, "mine-1", plan)
     shutil.rmtree(root)
     moved = bundle.arrive(storage, "mine-1", plan, tmp_path / "node")
     assert moved.model.build == "my_package.task:build"
@@ -264,13 +264,24 @@ def test_a_package_of_ones_own_that_the_client_imports_from_its_source_is_sent(
     assert done.stdout == "the task\n", done.stderr
 
 
+def test_in_a_folder_that_the_nodes_see_too_the_code_is_put_once_for_all(tmp_path: Path) -> None:
+    root = write(tmp_path / "client", FILES)
+    storage, plan = at(str(tmp_path / "storage")), a_plan_of(root / "jobs")
+    sent = ship(storage, "mine-1", plan)
+    shutil.rmtree(root)
+    settled = bundle.settle(storage, plan, sent)
+    assert settled.model.path == f"{tmp_path}/storage/code/{sent.shipped.digest[:16]}"
+    assert code.load(settled.model.build, settled.model.path)(None, None) == "helped"
+    assert bundle.arrive(storage, "mine-2", settled, tmp_path / "node") == settled
+
+
 def test_a_package_that_only_the_client_has_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed = write(tmp_path / "site-packages", {"my_package/__init__.py": "", "my_package/task.py": TASK})
     storage = at(str(tmp_path / "storage"))
     with monkeypatch.context() as client:
         client.syspath_prepend(str(installed))
         plan = a_plan_of(tmp_path, "my_package.task:build")
-        assert bundle.ship(storage, "mine-1", plan) is None
+        assert ship(storage, "mine-1", plan) is None
         said: list[str] = []
         assert bundle.arrive(storage, "mine-1", plan, tmp_path / "node", say=said.append) == plan
         assert said == []

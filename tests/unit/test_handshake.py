@@ -133,22 +133,30 @@ def test_a_script_needs_no_more_than_ray_and_torch(tmp_path: Path) -> None:
 
 
 def test_the_driver_hears_what_the_client_has_through_the_storage(tmp_path: Path) -> None:
-    storage, plan = at(str(tmp_path)), a_plan()
+    storage = at(str(tmp_path))
+    storage.write("tiny-1/plan.json", a_plan().to_json().encode())
     words: list[str] = []
-    handshake.check(storage, "tiny-1", plan, words.append)  # a client that left no word
+    handshake.check(storage, "tiny-1", words.append)  # a client that left no word
     handshake.record(storage, "tiny-1")
-    handshake.check(storage, "tiny-1", plan, words.append)
+    handshake.check(storage, "tiny-1", words.append)
     assert words == []
     written = json.loads(storage.read("tiny-1/versions.json")[0])
     written["packages"]["torch"] = "1.0"
     storage.write("tiny-1/versions.json", json.dumps(written).encode())
-    handshake.check(storage, "tiny-1", plan, words.append)
+    handshake.check(storage, "tiny-1", words.append)
     assert len(words) == 1
     assert words[0].startswith("the client has torch 1.0, the image ")
-    written |= {"dtrain": "9.9", "python": "3.99.0"}
+
+
+def test_another_dtrain_is_named_before_its_plan_is_read_which_may_have_other_words(tmp_path: Path) -> None:
+    storage = at(str(tmp_path))
+    storage.write("tiny-1/plan.json", b'{"format": 99}')
+    handshake.record(storage, "tiny-1")
+    written = json.loads(storage.read("tiny-1/versions.json")[0])
+    written |= {"dtrain": "9.9", "python": "3.99.0", "mood": "good"}
     storage.write("tiny-1/versions.json", json.dumps(written).encode())
     with pytest.raises(ClusterError) as refused:
-        handshake.check(storage, "tiny-1", plan, words.append)
+        handshake.check(storage, "tiny-1")
     lines = refused.value.message.splitlines()
     assert [line.partition(", the image")[0] for line in lines] == [
         "the client has dtrain 9.9",
