@@ -145,7 +145,6 @@ def _checked(spec: type[Spec], root: Node) -> Spec:
     except pydantic.ValidationError as error:
         mistakes += in_words(error.errors(include_url=False), spec, root)
     mistakes = _of_either_kind(spec, root, mistakes)
-    mistakes += _without_name(spec, root)
     if result is not None and not mistakes:
         return result
     lines = [f"{at}: {what}" for at, what in sorted(dict.fromkeys(mistakes), key=_line)]
@@ -176,14 +175,3 @@ def _line(mistake: tuple[str, str]) -> int:
     at = mistake[0]
     number = re.search(r":(\d+)\Z", at)
     return int(number[1]) if number and not at.startswith("--set ") else 2**31
-
-
-def _without_name(spec: type[Options], root: Node) -> list[tuple[str, str]]:
-    """Components given without a name where there is a single one to choose, which pydantic would fill in."""
-    mistakes = []
-    for key, field in words.fields(spec).items():
-        names = words.components(words.annotation_of(field))
-        node = root.value.get(key)
-        if len(names) == 1 and node and isinstance(node.value, dict) and "name" not in node.value:
-            mistakes.append((node.where, f"{key}.name is missing; there is: {', '.join(names)}"))
-    return mistakes
