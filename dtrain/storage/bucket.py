@@ -12,15 +12,15 @@ import math
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, TypeVar
+from typing import TypeVar
 from urllib.parse import urlsplit
 
 from dtrain.errors import InputError, StorageError
-from dtrain.storage import Conflict, Entry, NotThere, check_name, retrying
+from dtrain.storage import Conflict, Entry, NotThere, check_name, retrying, stores
+from dtrain.storage.stores import Answer, Connection, Store, Verb
 
 T = TypeVar("T")
 STORES = {
@@ -40,66 +40,6 @@ FIRST_PATIENCE_S = 15.0
 """The same before it has ever answered: then more likely its address is wrong."""
 PART = 16 << 20
 """Bytes of a part of a large file; larger only where a store takes too few parts."""
-NUM_PARALLEL = 8
-"""Requests at once that carry a part: what they hold in memory is bounded by this."""
-
-Verb = Literal["read", "written", "listed", "deleted"]
-Kind = Literal["again", "gone", "conflict", "unchanged", "denied", "no bucket", "no credentials", "other"]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a store says instead of doing what it was asked."""
-
-    kind: Kind
-    text: str
-
-
-class Store(Protocol):
-    """One bucket of one store. Each method is one request (or its pages) and raises whatever its package does."""
-
-    max_parts: int
-    """Of one upload."""
-    remedies: Mapping[Kind, str]
-    """The next move after an answer, for a person who looks after credentials."""
-    permissions: Mapping[Verb, str]
-    """What this store calls the permission."""
-
-    def answer(self, error: Exception) -> Answer:
-        """What an exception of this store's package means."""
-
-    def get(self, key: str, known: str | None = None) -> tuple[bytes, str]:
-        """An object and its version; answers "unchanged" when that is `known`."""
-
-    def facts(self, key: str) -> tuple[int, str, str]:
-        """Size, version and mark."""
-
-    def get_range(self, key: str, version: str, start: int, stop: int) -> bytes:
-        """Some bytes of that version; answers "conflict" when it has another by now."""
-
-    def put(self, key: str, data: bytes, mark: str, if_absent: bool, if_version: str | None) -> str:
-        """Put an object with a mark, a word beside it; returns its version."""
-
-    def begin(self, key: str, mark: str) -> str:
-        """Begin an upload in parts; returns what names it."""
-
-    def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
-        """Put a part, of any number from 1; returns a receipt."""
-
-    def finish(self, key: str, upload: str, mark: str, receipts: list[str]) -> None:
-        """Make an object of the parts."""
-
-    def abandon(self, key: str, upload: str, num_parts: int) -> None:
-        """Let parts go that will not become an object."""
-
-    def entries(self, prefix: str) -> list[Entry]:
-        """Every object whose key begins so."""
-
-    def folders(self, prefix: str) -> list[str]:
-        """What stands between a prefix and the next `/` in the keys that begin so."""
-
-    def delete(self, keys: list[str]) -> None:
-        """Delete objects that may be gone already."""
 
 
 def open(  # noqa: A001
@@ -128,19 +68,6 @@ def open(  # noqa: A001
     return Bucket(
         uri, parts.netloc, root, lambda: module.connect(parts.netloc), patience_s, first_patience_s, part_bytes
     )
-
-
-class _Connection:
-    """What one process holds of a bucket."""
-
-    def __init__(self, store: Store) -> None:
-        self.store = store
-        self.gate = threading.BoundedSemaphore(NUM_PARALLEL)
-        self.has_answered = False
-
-
-_CONNECTIONS: dict[tuple[int, str], _Connection] = {}
-"""By process and bucket. Those of a parent process stay here: to close them in a child would disturb it."""
 
 
 class Bucket:
@@ -178,11 +105,12 @@ class Bucket:
     def read_if_changed(self, name: str, version: str | None) -> tuple[bytes, str] | None:
         def attempt(store: Store, key: str) -> tuple[bytes, str] | None:
             try:
-                return store.get(key, version)
+                found = store.get(key, version)
             except Exception as error:
                 if version is not None and store.answer(error).kind == "unchanged":
                     return None
                 raise
+            return None if found[1] == version else found
 
         return self._ask("read", name, attempt)
 
@@ -284,7 +212,7 @@ class Bucket:
                     raise
 
         try:
-            with ThreadPoolExecutor(NUM_PARALLEL, "dtrain-upload") as pool:
+            with ThreadPoolExecutor(stores.NUM_PARALLEL, "dtrain-upload") as pool:
                 receipts = list(pool.map(put, starts))
             self._ask("written", name, finish)
         except BaseException:
@@ -306,7 +234,7 @@ class Bucket:
                     done += os.pwrite(descriptor, data[done:], start + done)
 
             starts = range(0, size, self._part_bytes)
-            with ThreadPoolExecutor(min(NUM_PARALLEL, len(starts) or 1), "dtrain-download") as pool:
+            with ThreadPoolExecutor(min(stores.NUM_PARALLEL, len(starts) or 1), "dtrain-download") as pool:
                 for _ in pool.map(get, starts):
                     pass
 
@@ -324,16 +252,12 @@ class Bucket:
 
     # -- asking --------------------------------------------------------------------------------------------------
 
-    def _here(self) -> _Connection:
+    def _here(self) -> Connection:
         """What this very process holds of the bucket."""
-        key = os.getpid(), f"{urlsplit(self._uri).scheme}://{self._bucket}"
-        connection = _CONNECTIONS.get(key)
-        if connection is None:
-            try:
-                connection = _CONNECTIONS.setdefault(key, _Connection(self._connect()))
-            except (ValueError, OSError) as error:
-                raise StorageError(f"{self._uri} cannot be used: {error}") from error
-        return connection
+        try:
+            return stores.connection(f"{urlsplit(self._uri).scheme}://{self._bucket}", self._connect)
+        except (ValueError, OSError) as error:
+            raise StorageError(f"{self._uri} cannot be used: {error}") from error
 
     def _key(self, name: str) -> str:
         return f"{self._root}/{name}" if self._root else name

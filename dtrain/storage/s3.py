@@ -5,7 +5,7 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from typing import Any
 
 from dtrain.storage import Entry
-from dtrain.storage.bucket import Answer, Kind, Verb
+from dtrain.storage.stores import Answer, Kind, Verb
 
 REQUEST_S = 300.0
 """Longest time of one request: the network library lets one hang whose server stops reading."""
@@ -20,7 +20,7 @@ def connect(bucket: str) -> "S3":
 
 
 class S3:
-    """One bucket (`dtrain.storage.bucket.Store`)."""
+    """One bucket (`dtrain.storage.stores.Store`)."""
 
     max_parts = 10_000
     remedies: Mapping[Kind, str] = {
@@ -47,8 +47,8 @@ class S3:
             "connect_timeout": 10,
             "read_timeout": 60,
         }
-        self._files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
-        self._files.retries = 1
+        self.files = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False, config_kwargs=config)
+        self.files.retries = 1
 
     def get(self, key: str, known: str | None = None) -> tuple[bytes, str]:
         return self._get(Key=key, **({} if known is None else {"IfNoneMatch": known}))
@@ -107,7 +107,7 @@ class S3:
 
     def _get(self, **words: Any) -> tuple[bytes, str]:
         async def whole() -> tuple[bytes, str]:
-            answer = await self._files._call_s3("get_object", Bucket=self._bucket, **words)
+            answer = await self.files._call_s3("get_object", Bucket=self._bucket, **words)
             async with answer["Body"] as body:
                 return await body.read(), str(answer["ETag"])
 
@@ -115,12 +115,12 @@ class S3:
         return found
 
     def _call(self, operation: str, **words: Any) -> Any:
-        return self._wait(lambda: self._files._call_s3(operation, Bucket=self._bucket, **words))
+        return self._wait(lambda: self.files._call_s3(operation, Bucket=self._bucket, **words))
 
     def _wait(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         from fsspec.asyn import sync
 
-        return sync(self._files.loop, begin, timeout=REQUEST_S)
+        return sync(self.files.loop, begin, timeout=REQUEST_S)
 
     def _pages(self, **words: Any) -> Iterator[Any]:
         while True:

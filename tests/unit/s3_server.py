@@ -14,6 +14,7 @@ import itertools
 import logging
 import os
 import re
+import secrets
 import socket
 import struct
 import threading
@@ -28,6 +29,8 @@ from dtrain.storage import Storage, at, bucket
 PART = 5 << 20
 """The least that the protocol takes as a part of a larger file."""
 SOMEBODY = "AWS4-HMAC-SHA256 Credential=id/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+KINDS = ("folder", "s3", *os.environ.get("DTRAIN_TEST_STORAGE", "").split())
+"""A folder, the server here, and any bucket or emulator that is to be tested too: `gs://bucket abfs://container`."""
 FOLDERS = (f"folder-{number}" for number in itertools.count())
 BUCKETS = (f"bucket-{number}" for number in itertools.count())
 
@@ -179,13 +182,15 @@ def served() -> Iterator[Server]:
 
 @contextlib.contextmanager
 def both_kinds() -> Iterator[Callable[[str, Path], Storage]]:
-    """Gives storage of a kind, `folder` or `s3`, with nothing in it; the server is started when it is needed."""
+    """Gives storage of one of `KINDS` with nothing in it; the server is started when it is needed."""
     with contextlib.ExitStack() as stack:
         servers: list[Server] = []
 
         def place(kind: str, folder: Path) -> Storage:
             if kind == "folder":
                 return at(str(folder))
+            if "://" in kind:
+                return bucket.open(f"{kind}/{secrets.token_hex(8)}/runs", part_bytes=PART)
             if not servers:
                 servers.append(stack.enter_context(served()))
             return servers[0].storage(f"{next(FOLDERS)}/runs")

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import Status, both_kinds, served
+from s3_server import KINDS, Status, both_kinds, served
 
 from dtrain.errors import StorageError
 from dtrain.storage import at, fencing, lease
@@ -42,7 +42,7 @@ def kinds():
         yield place
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=KINDS)
 def storage(request, kinds, tmp_path):
     place = kinds(request.param, tmp_path / "runs")
     place.write("run/run.json", b'{"state": "queued"}')

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from s3_server import Meanwhile, Status, both_kinds, served
+from s3_server import KINDS, Meanwhile, Status, both_kinds, served
 
 from dtrain.checkpoint import remote, store
 from dtrain.checkpoint.pieces import Piece
@@ -42,7 +42,7 @@ def kinds():
         yield place
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=KINDS)
 def storage(request, kinds, tmp_path):
     place = kinds(request.param, tmp_path / "runs")
     own(place)

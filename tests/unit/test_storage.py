@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from s3_server import PART, both_kinds
+from s3_server import KINDS, PART, both_kinds
 
 from dtrain import storage as places
 from dtrain.errors import InputError, StorageError
@@ -24,7 +24,7 @@ def kinds():
         yield place
 
 
-@pytest.fixture(params=["folder", "s3"])
+@pytest.fixture(params=KINDS)
 def storage(request, kinds, tmp_path):
     return kinds(request.param, tmp_path / "runs")
 
@@ -198,6 +198,7 @@ def test_a_listing_is_of_this_moment(storage):
 # -- files -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # Azure's own library does
 @pytest.mark.parametrize("size", [0, 1, PART, 2 * PART + 12345])
 def test_files_go_there_and_come_back(size, storage, tmp_path):
     (tmp_path / "up").write_bytes(os.urandom(size))

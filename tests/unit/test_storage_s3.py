@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from s3_server import PART, Body, CutAnswer, CutRequest, LoseAnswer, Meanwhile, Status, served
 
 from dtrain.errors import StorageError
-from dtrain.storage import Conflict, NotThere, bucket, retrying
+from dtrain.storage import Conflict, NotThere, bucket, retrying, stores
 
 SOURCE = Path(__file__).parents[2]
 LARGE = 2 * PART + 12345
@@ -341,4 +341,4 @@ def test_what_is_held_in_memory_of_large_files_is_bounded(s3, large):
     s3.fail("PUT /{}/large", Meanwhile(count), times=10**6)
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(lambda name: storage.upload(large, name), names))
-    assert 2 < most <= bucket.NUM_PARALLEL
+    assert 2 < most <= stores.NUM_PARALLEL
