@@ -151,10 +151,9 @@ def _await_ready(api: Client, options: "KubeRay", say: Say, num_nodes: int | Non
 def _is_ready(cluster: Object, num_nodes: int | None) -> bool:
     found, group = cluster.get("status") or {}, cluster["spec"]["workerGroupSpecs"][0]
     wanted = group.get("replicas", 0) if num_nodes is None else num_nodes
-    is_seen = found.get("observedGeneration", 0) >= cluster["metadata"].get("generation", 0)
     head = sight.conditions(cluster).get("HeadPodReady", {}).get("status") == "True"
     num_ready = found.get("readyWorkerReplicas", 0)
-    return is_seen and head and (num_ready >= wanted if num_nodes is None else num_ready == wanted)
+    return head and (num_ready >= wanted if num_nodes is None else num_ready == wanted)
 
 
 def _why(api: Client, namespace: str, cluster: Object | None) -> str:

@@ -109,6 +109,9 @@ def test_following_through_cuts_repeats_nothing_and_misses_nothing(run: ApiServe
     run.end_log("x-1-head-a")
     reader.join()
     assert reader.lines == [f"{number}\n".encode() for number in range(12)]
+    followed = [request for request in run.requests if request.path.endswith("/log")]
+    assert "sinceTime" not in followed[0].query
+    assert all("sinceTime" in request.query for request in followed[1:])  # not all of it, again and again
 
 
 def test_following_goes_on_with_a_heads_successor(run: ApiServer) -> None:

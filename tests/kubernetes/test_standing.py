@@ -1,5 +1,6 @@
 """A Ray cluster that stays: made, scaled, looked at and taken down, with what is told while one waits."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,7 +23,7 @@ def options(kubeconfig: str) -> kuberay.Options:
 
 @contextmanager
 def operator(api: ApiServer, *, holds_back: bool = False) -> Iterator[None]:
-    """Gives every Ray cluster the pods that it wants at once, or none that a node would take."""
+    """Gives every Ray cluster the pods that it wants, or none that a node would take."""
 
     def act(event: str, made: dict[str, Any]) -> None:
         if event == "DELETED":
@@ -31,6 +32,7 @@ def operator(api: ApiServer, *, holds_back: bool = False) -> Iterator[None]:
         wanted = made["spec"]["workerGroupSpecs"][0]["replicas"]
         if (made.get("status") or {}).get("observedGeneration") == metadata["generation"]:
             return
+        time.sleep(0.1)  # nothing is at once
         owner = {"kind": "RayCluster", "name": name, "uid": metadata["uid"]}
         labels = {**metadata["labels"], "ray.io/cluster": name, "ray.io/node-type": "head"}
         pod = {"name": f"{name}-head", "namespace": "dtrain", "labels": labels, "ownerReferences": [owner]}
