@@ -274,6 +274,10 @@ class Handler(BaseHTTPRequestHandler):
                 since, found = store.version, store.all(target.resource, target.namespace, matches)
             for made in found:
                 self._line({"type": "ADDED", "object": made})
+            if query.get("sendInitialEvents") == "true":  # a list as a stream, whose end is marked
+                mark = {"resourceVersion": str(since), "annotations": {"k8s.io/initial-events-end": "true"}}
+                kind = {"kind": target.resource.kind, "apiVersion": target.resource.api_version}
+                self._line({"type": "BOOKMARK", "object": {**kind, "metadata": mark}})
         while left() > 0 and not self.api.closing.is_set() and generation == self.api.watch_generation:
             with store.changed:
                 current = store.version

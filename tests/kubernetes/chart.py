@@ -2,6 +2,7 @@
 
 import functools
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ import yaml
 CHART = Path(__file__).parents[2] / "helm" / "dtrain"
 JOBS = Path(__file__).parents[2] / "jobs"
 RUNS = "dtrain-runs"
+OPERATOR = """
+apiVersion: v1
+kind: ServiceAccount
+metadata:
+  name: kuberay-operator
+  namespace: {{ .Release.Namespace }}
+  annotations: {watches: {{ .Values.watchNamespace }}}
+"""
 Object = dict[str, Any]
 Values = dict[str, Any]
 
@@ -89,6 +98,7 @@ EVERYTHING: Values = {
     },
     "kuberay-operator": {"enabled": True},
 }
+KIND: Values = {"storage": {"pvc": {"hostPath": "/mnt/dtrain", "size": "10Gi"}}, "kuberay-operator": {"enabled": True}}
 MINIMAL: Values = {
     "runs": {"createNamespaces": False},
     "access": {"create": False},
@@ -105,6 +115,7 @@ VALUE_SETS: dict[str, Values] = {
     "eks": EKS,
     "aks": AKS,
     "on_premises": ON_PREMISES,
+    "kind": KIND,
 }
 
 
@@ -164,6 +175,18 @@ def pod_specs(all_objects: list[Object]) -> Iterator[tuple[str, Object, Object]]
         elif "template" in one.get("spec", {}):
             template = one["spec"]["template"]
             yield where, template["metadata"] | {"namespace": one["metadata"]["namespace"]}, template["spec"]
+
+
+def with_operator(folder: Path) -> Path:
+    """The chart with a stand-in for KubeRay's own, which is fetched from its place before a real installation."""
+    whole = Path(shutil.copytree(CHART, folder / "dtrain"))
+    (wanted,) = yaml.safe_load((CHART / "Chart.yaml").read_text())["dependencies"]
+    part = whole / "charts" / wanted["name"]
+    (part / "templates").mkdir(parents=True)
+    about = {"apiVersion": "v2", "name": wanted["name"], "version": wanted["version"]}
+    (part / "Chart.yaml").write_text(yaml.safe_dump(about))
+    (part / "templates" / "operator.yaml").write_text(OPERATOR)
+    return whole
 
 
 def cluster_file(values: Values, folder: Path, namespace: str | None = None) -> Path:

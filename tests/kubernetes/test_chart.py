@@ -3,7 +3,6 @@
 import functools
 import json
 import re
-import shutil
 from pathlib import Path
 
 import helm_python as helm
@@ -14,6 +13,7 @@ import yaml
 from chart import (
     CHART,
     EVERYTHING,
+    KIND,
     MINIMAL,
     RUNS,
     VALUE_SETS,
@@ -25,6 +25,7 @@ from chart import (
     of_kind,
     pod_specs,
     texts,
+    with_operator,
 )
 
 import dtrain
@@ -243,6 +244,18 @@ def test_an_uninstallation_leaves_runs_alone() -> None:
     assert kept == {"Namespace", "PersistentVolumeClaim"}
 
 
+def test_a_folder_of_the_nodes_is_the_volume_of_its_own_claim() -> None:
+    all_objects = objects(KIND)
+    volume = named(all_objects, "PersistentVolume", f"dtrain-runs-{RUNS}")
+    claim = named(all_objects, "PersistentVolumeClaim", "dtrain-runs", RUNS)
+    assert claim["spec"]["volumeName"] == volume["metadata"]["name"]
+    assert volume["spec"]["claimRef"]["namespace"] == RUNS and volume["spec"]["claimRef"]["name"] == "dtrain-runs"
+    assert claim["spec"]["storageClassName"] == volume["spec"]["storageClassName"] == ""
+    assert claim["spec"]["accessModes"] == volume["spec"]["accessModes"] == ["ReadWriteMany"]
+    assert volume["spec"]["persistentVolumeReclaimPolicy"] == "Retain"
+    assert volume["metadata"]["annotations"]["helm.sh/resource-policy"] == "keep"
+
+
 def test_created_namespaces_hold_pods_to_the_standard() -> None:
     labels = named(objects({}), "Namespace", RUNS)["metadata"]["labels"]
     assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
@@ -357,20 +370,12 @@ def test_values_that_the_readme_shows_are_taken(text: str) -> None:
 
 @pytest.mark.parametrize("is_enabled", [False, True])
 def test_the_operator_comes_with_the_chart_when_asked(tmp_path: Path, is_enabled: bool) -> None:
-    """A stand-in for KubeRay's chart, which is fetched from its own place before an installation."""
-    whole = shutil.copytree(CHART, tmp_path / "dtrain")
-    (wanted,) = yaml.safe_load((CHART / "Chart.yaml").read_text())["dependencies"]
-    part = whole / "charts" / "kuberay-operator"
-    (part / "templates").mkdir(parents=True)
-    about = {"apiVersion": "v2", "name": "kuberay-operator", "version": wanted["version"]}
-    (part / "Chart.yaml").write_text(yaml.safe_dump(about))
-    (part / "templates" / "operator.yaml").write_text("watches: {{ .Values.watchNamespace }}")
-    values = {"kuberay-operator": {"enabled": is_enabled, "watchNamespace": ["dtrain-runs"]}}
-    with helm.Chart.load(whole) as chart:
+    values = {"kuberay-operator": {"enabled": is_enabled, "watchNamespace": "dtrain-runs"}}
+    with helm.Chart.load(with_operator(tmp_path)) as chart:
         rendered = chart.render(values, name="dtrain", namespace="dtrain", is_install=True)
         packed = chart.save(tmp_path)
-    found = [text for template, text in rendered.items() if template.endswith("operator.yaml")]
-    assert found == (["watches: [dtrain-runs]"] if is_enabled else [])
+    found = [yaml.safe_load(text) for template, text in rendered.items() if template.endswith("operator.yaml")]
+    assert [one["metadata"]["annotations"] for one in found] == ([{"watches": "dtrain-runs"}] if is_enabled else [])
     with helm.Chart.load(packed) as chart:
         assert chart.render(values, name="dtrain", namespace="dtrain", is_install=True) == rendered
 

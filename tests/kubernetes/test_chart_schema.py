@@ -80,6 +80,12 @@ def test_values_that_need_each_other_are_told_together_with_the_next_move() -> N
     assert "a has a topology" in told and "a name is there twice" in told
 
 
+def test_a_folder_of_the_nodes_is_not_shared_between_namespaces() -> None:
+    values: Values = {"storage": {"pvc": {"hostPath": "/mnt/dtrain"}}, "runs": {"namespaces": ["a", "b"]}}
+    with pytest.raises(helm.HelmRenderError, match="one folder for all of runs.namespaces"):
+        objects(values)
+
+
 def test_several_mistakes_are_told_together() -> None:
     with pytest.raises(helm.HelmValuesError) as caught:
         objects({"redis": {"enabled": "yes"}, "access": {"cluster": "no"}})
