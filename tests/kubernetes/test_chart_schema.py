@@ -82,7 +82,7 @@ def test_values_that_need_each_other_are_told_together_with_the_next_move() -> N
 
 def test_a_folder_of_the_nodes_is_not_shared_between_namespaces() -> None:
     values: Values = {"storage": {"pvc": {"hostPath": "/mnt/dtrain"}}, "runs": {"namespaces": ["a", "b"]}}
-    with pytest.raises(helm.HelmRenderError, match="one folder for all of runs.namespaces"):
+    with pytest.raises(helm.HelmRenderError, match=r"one folder for all of runs\.namespaces"):
         objects(values)
 
 
