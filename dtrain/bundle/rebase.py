@@ -27,7 +27,8 @@ def _always(path: str) -> bool:
 def rebase(plan: P, old_root: str, new_root: str, is_there: Callable[[str], bool] = _always) -> P:
     """The plan with what lies below `old_root` taken from `new_root`.
 
-    `is_there` says of a moved path of data whether it came along; where it did not, the plan keeps the old one.
+    `is_there` says of a moved path whether it came along: of data that did not, the plan keeps the old one; a script
+    whose folder did not is started in `new_root`.
     """
     move = _Move(old_root, new_root, is_there)
     changes: dict[str, Any] = {
@@ -39,7 +40,7 @@ def rebase(plan: P, old_root: str, new_root: str, is_there: Callable[[str], bool
         script = move.path(plan.entrypoint.script)
         changes |= {
             "entrypoint": plan.entrypoint.model_copy(update={"script": script}),
-            "folder": move.path(plan.folder) if move.moves(plan.folder) else new_root,
+            "folder": folder if (folder := move.path(plan.folder)) != plan.folder and is_there(folder) else new_root,
         }
     return plan.model_copy(update=changes)
 

@@ -39,6 +39,7 @@ def test_a_script_is_moved_and_its_arguments_are_its_own(tmp_path: Path, monkeyp
     moved = rebase(plan, str(root), NEW)
     assert moved.entrypoint == plan.entrypoint.model_copy(update={"script": f"{NEW}/src/train.py"})
     assert moved.folder == f"{NEW}/configs"
+    assert rebase(plan, str(root), NEW, lambda path: path != f"{NEW}/configs").folder == NEW  # an empty one, perhaps
     monkeypatch.chdir(tmp_path)
     assert rebase(a_script_plan(root, script="src/train.py"), str(root), NEW).folder == NEW
 
