@@ -1,6 +1,8 @@
 """What the tests of the Kubernetes backend share: a loopback API server, a kubeconfig for it, and what was recorded."""
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,30 @@ def submission(run_id: str = "gpt_small-k3f9", **words: Any) -> kuberay.Submissi
     backend = cluster.backend.model_copy(update={"namespace": "dtrain", "context": None, **words})
     plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), cluster.model_copy(update={"backend": backend}))
     return kuberay.render(plan, Path(plan.storage) / run_id)
+
+
+FINALIZER = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}
+
+
+@contextmanager
+def operator(api: ApiServer, status: dict | None = None, once: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Takes up each RayJob as the real one does, and lets go of what is deleted."""
+
+    def act(event: str, made: dict) -> None:
+        name = made["metadata"]["name"]
+        if event == "ADDED" and "finalizers" not in made["metadata"]:
+            api.patch("RayJob", name, FINALIZER)
+            api.set_status("RayJob", name, status or {"jobDeploymentStatus": "Initializing"})
+        elif event != "DELETED" and "deletionTimestamp" in made["metadata"]:
+            _await(once)
+            api.patch("RayJob", name, {"metadata": {"finalizers": []}})
+
+    with api.listen("RayJob", act):
+        yield
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

@@ -39,18 +39,8 @@ def wrong_context(api: ApiServer, folder: Path) -> Path:
     return path
 
 
-def nothing_answers(api: ApiServer, folder: Path) -> Path:
-    path = api.kubeconfig(folder / "k")
-    path.write_text(path.read_text().replace(api.url, "https://127.0.0.1:1"))
-    return path
-
-
 def expired(api: ApiServer, folder: Path) -> Path:
     return api.kubeconfig(folder / "k", token="of yesterday")
-
-
-def not_allowed(api: ApiServer, folder: Path) -> Path:
-    return api.kubeconfig(folder / "k", token=api.user("viewer", [("get", "*", "*")]))
 
 
 def no_room(api: ApiServer, folder: Path) -> Path:
@@ -59,19 +49,11 @@ def no_room(api: ApiServer, folder: Path) -> Path:
     return api.kubeconfig(folder / "k")
 
 
-def in_trouble(api: ApiServer, folder: Path) -> Path:
-    api.fail(method="POST", status=500, message="etcdserver: no leader", times=100)
-    return api.kubeconfig(folder / "k")
-
-
 WRONG = {
     no_kubeconfig: "which is not there; get one from whoever runs the cluster",
     wrong_context: "current-context is 'gone', which it does not have; there is: gke_h100",
-    nothing_answers: "cannot be reached: nothing answers at this address; check that the cluster runs",
     expired: "the cluster does not accept these credentials, they may have run out; get a new kubeconfig",
-    not_allowed: "viewer may not create rayjobs (ray.io) in namespace dtrain; ask for a role with the rule",
     no_room: "quota team of the namespace is used up: asked for count/rayjobs.ray.io=1",
-    in_trouble: "the cluster cannot answer at the moment (500: etcdserver: no leader); try again in a minute",
 }
 
 

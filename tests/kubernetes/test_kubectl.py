@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
-from conftest import submission
+from conftest import operator, submission
 
 from dtrain.backends import kuberay
 
@@ -45,12 +45,15 @@ def test_what_is_rendered_is_what_kubectl_takes(api: ApiServer, kubectl: Callabl
 
 
 def test_both_see_the_same(api: ApiServer, kubectl: Callable, options: kuberay.Options) -> None:
-    kuberay.send(submission(), options, print)
+    with operator(api):
+        kuberay.send(submission(), options, print)
     [job] = json.loads(kubectl("get", "rayjobs", "-o", "json").stdout)["items"]
     assert job == api.get("RayJob", NAME)
     labelled = kubectl("get", "rayjobs,networkpolicies", "-l", "app.kubernetes.io/managed-by=dtrain", "-o", "name")
     assert labelled.stdout.split() == [f"rayjob.ray.io/{NAME}", f"networkpolicy.networking.k8s.io/{NAME}"]
-    assert kubectl("delete", "rayjob", NAME).stdout == f'rayjob.ray.io "{NAME}" deleted\n'
+    with operator(api):
+        deleted = kubectl("delete", "rayjob", NAME)
+    assert deleted.stdout == f'rayjob.ray.io "{NAME}" deleted\n'
     assert kuberay.look("gpt_small-k3f9", options) is None
     assert api.list("NetworkPolicy") == []
 

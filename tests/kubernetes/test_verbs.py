@@ -2,14 +2,12 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import replay
 from api_server import ApiServer
-from conftest import some_options, submission
+from conftest import operator, some_options, submission
 
 from dtrain.backends import kuberay
 from dtrain.errors import ClusterError
@@ -18,31 +16,6 @@ from dtrain.kubernetes import names, verbs
 RUN = "gpt_small-k3f9"
 NAME = "gpt-small-k3f9"
 JOBS = r"/rayjobs$"
-FINALIZER = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}
-
-
-@contextmanager
-def operator(api: ApiServer, status: dict | None = None, once: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Takes up each RayJob as the real one does, and lets go of what is deleted."""
-
-    def act(event: str, made: dict) -> None:
-        name = made["metadata"]["name"]
-        if event == "ADDED" and "finalizers" not in made["metadata"]:
-            api.patch("RayJob", name, FINALIZER)
-            api.set_status("RayJob", name, status or {"jobDeploymentStatus": "Initializing"})
-        elif event != "DELETED" and "deletionTimestamp" in made["metadata"]:
-            _await(once)
-            api.patch("RayJob", name, {"metadata": {"finalizers": []}})
-
-    with api.listen("RayJob", act):
-        yield
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def said() -> tuple[list[str], verbs.Say]:
