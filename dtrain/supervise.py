@@ -51,6 +51,8 @@ class Verdict:
 def decide(seen: Seen) -> Verdict:
     """What to do about a run that says it is under way."""
     if not seen.has_driver:
+        if seen.sight is not None and seen.sight.is_over and seen.losses:
+            return _again(seen, "what the cluster has of it is from before")
         if seen.sight is not None and seen.sight.is_over:
             return Verdict("end", f"the cluster ended it before a driver began: {seen.sight.why or UNSAID}")
         if seen.can_look and seen.sight is None and seen.age_s > UNKNOWN_S:

@@ -42,8 +42,8 @@ from dtrain.runtime.zygote import Zygote
 LEASE_WAIT_S = 10.0
 POLL_S = 0.1
 HEAD_CHECK_S = 1.0
-LAST_WORDS_S = 120.0
-"""How long an agent gets to put the state on storage when it must end."""
+LEAVING_S = 3.0
+"""How long a node that said so takes to be gone: one would be given its place again."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -250,6 +250,7 @@ class Driver:
                     cause, self._preempted = f"stopped for {self._preempted}", None
                     self._close_attempt(Failure("agent", cause, lost.step), is_failure=False)
                     self._update(state="recovering", cause=cause)
+                    self._pause(LEAVING_S)
                     continue
                 decision = retry.decide(lost, earlier, self._plan.retry)
                 earlier.append(lost)
@@ -261,6 +262,12 @@ class Driver:
                 self._update(state="recovering", cause=lost.cause)
         finally:
             listener.close()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while self._stop is None and time.monotonic() < deadline:
+            self._look_around()
+            time.sleep(POLL_S)
 
     def _address(self) -> str:
         """Where agents reach this process: on the head's own machine, unless Ray Train places them."""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ from dtrain.runtime.reservation import Reservation
 from dtrain.runtime.zygote import Child, Zygote
 
 GOING_CHECK_S = 1.0
+GOING_PATIENCE = 60
 
 
 class AgentHost(Protocol):
@@ -114,6 +116,9 @@ def host_on_node(args: dict[str, Any]) -> None:
 
     from dtrain.runtime.on_node import OnNode
 
+    for _ in range(GOING_PATIENCE):  # nothing is begun on a node that ends in a moment
+        if is_going():
+            time.sleep(GOING_CHECK_S)
     node = train.get_context().get_world_rank()
     folder = base() / f"node-{os.getppid()}"
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up

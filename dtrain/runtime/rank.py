@@ -216,6 +216,7 @@ def _open(plan: Plan) -> Source:
 
 
 def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
+    torch.set_num_threads(plan.workers.threads)
     if plan.workers.device == "cuda":
         torch.cuda.set_device(args["local_rank"])
         device = torch.device("cuda", args["local_rank"])
@@ -223,7 +224,6 @@ def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
     else:
         device = torch.device("cpu")
         keep_freed_memory()
-        torch.set_num_threads(plan.workers.threads)
     return loop.Place(args["rank"], args["world"], device, plan.workers.total // plan.batch.num_readers)
 
 

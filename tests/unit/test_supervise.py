@@ -26,6 +26,7 @@ def seen(of: Seen, **changes) -> Seen:
         (UNTAKEN, "leave", "waits for its cluster"),
         (seen(UNTAKEN, sight=Sight(phase="queued", why="no node fits")), "leave", "waits"),
         (seen(UNTAKEN, sight=OVER), "end", "before a driver began: exit code 137"),
+        (seen(UNTAKEN, sight=OVER, losses=1), "again", "from before"),  # who handed it over died doing so
         (seen(UNTAKEN, age_s=1000.0), "again", "knows nothing of it"),
         (seen(UNTAKEN, age_s=1000.0, losses=5), "end", "retry.driver allows 5, all used"),
         (seen(UNTAKEN, age_s=1000.0, can_look=False), "leave", "waits"),
