@@ -106,6 +106,8 @@ class Zero(Plain):
             "train_micro_batch_size_per_gpu": batch.micro,
             "gradient_accumulation_steps": 1,
             "gradient_clipping": self._max_norm,
+            "bf16": {"enabled": self._plan.train.precision == "bf16"},
+            "data_types": {"grad_accum_dtype": "fp32"},
             "zero_optimization": {
                 "stage": self._plan.strategy.stage,
                 "reduce_bucket_size": 2**25,

@@ -83,13 +83,13 @@ class Source:
         return {}
 
 
-def draw_pictures(folder: Path) -> list[str]:
+def draw_pictures(folder: Path, num: int = NUM_PICTURES) -> list[str]:
     """Files of about 500 x 375 pixels with coarse and fine structure, as photographs have."""
     import numpy as np
     from PIL import Image
 
     random, names = np.random.default_rng(0), []
-    for number in range(NUM_PICTURES):
+    for number in range(num):
         coarse = Image.fromarray(random.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((500, 375))
         pixels = np.asarray(coarse) + random.normal(0, 12, (375, 500, 3))
         names.append(str(folder / f"{number}.jpg"))

@@ -10,13 +10,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from dtrain.machine import probe
+from dtrain.machine import Machine, probe
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).with_name("results.jsonl")
 JOBS = Path(__file__).with_name("jobs")
 RIVALS = Path(__file__).with_name("rivals")
 PACKAGES = ("torch", "ray", "numpy")
+
+
+class NotHere(Exception):
+    """What a benchmark measures is not on this machine; the message says so in a line."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +130,10 @@ def commit() -> str:
     return head + ("+" if changed else "")
 
 
-def machine() -> str:
-    """This machine in words."""
-    found = probe()
-    gpus = f"{len(found.gpus)} x {found.gpus[0]}" if found.gpus else "no GPU"
+def machine(found: Machine | None = None) -> str:
+    """A machine in words; this one when left out."""
+    found = found or probe()
+    gpus = f"{len(found.gpus)} x {found.gpus[0].name}" if found.gpus else "no GPU"
     return f"{found.num_cores} core{'s' if found.num_cores > 1 else ''}, {gpus}"
 
 
