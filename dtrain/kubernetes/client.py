@@ -179,7 +179,7 @@ class Client:
                 self.close()
                 wait_s = _pause(number)
                 if not _is_passing(trouble, number) or time.monotonic() + wait_s > deadline:
-                    raise self._unreachable(trouble) from trouble
+                    raise self.unreachable(trouble) from trouble
                 self.num_repeated += 1
                 time.sleep(wait_s)
                 continue
@@ -251,7 +251,8 @@ class Client:
         connection.sock = raw
         return connection
 
-    def _unreachable(self, trouble: BaseException) -> ClusterError:
+    def unreachable(self, trouble: BaseException) -> ClusterError:
+        """The error for a request that had no answer."""
         source, host = self.access.source, self.access.host
         if isinstance(trouble, ssl.SSLCertVerificationError):
             return ClusterError(

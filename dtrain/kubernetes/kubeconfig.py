@@ -171,7 +171,8 @@ class Access:
 
     def _ask(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
         command, where = str(wanted.get("command")), f"{self.source}: its login command"
-        can_ask = sys.stdin.isatty() and wanted.get("interactiveMode", "IfAvailable") != "Never"
+        is_terminal = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        can_ask = is_terminal and wanted.get("interactiveMode", "IfAvailable") != "Never"
         spec: dict[str, Any] = {"interactive": can_ask}
         if wanted.get("provideClusterInfo"):
             known = ("certificate-authority-data", "tls-server-name", "insecure-skip-tls-verify", "proxy-url")

@@ -10,7 +10,9 @@ import http.client
 import json
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING
 
 from dtrain.errors import ClusterError, InputError
@@ -26,7 +28,10 @@ SILENCE_S = 60.0
 LOOK_AGAIN_S = 1.0
 DASHBOARD = "8265"
 SERVICE = Kind("Service", "services")
-STAMP = re.compile(rb"^(\d{4}-\d\d-\d\dT\S+Z) ?(.*)$", re.DOTALL)
+MOST_CUTS = 20
+"""Times that a log is opened anew without another line of it."""
+STAMP = re.compile(rb"^(\d{4}-\d\d-\d\dT[0-9:.]+(?:Z|[+-]\d\d:\d\d)) ?(.*)$", re.DOTALL)
+FRACTION = re.compile(r"\.(\d+)")
 
 
 def read(run_id: str, options: "KubeRay", which: str, follows: bool) -> Iterator[bytes]:
@@ -47,19 +52,30 @@ def read(run_id: str, options: "KubeRay", which: str, follows: bool) -> Iterator
 
 
 def _pods(api: Client, run_id: str, options: "KubeRay", which: str, follows: bool) -> Iterator[bytes]:
-    seen: dict[str, str] = {}
+    told: dict[str, _Told] = {}
     while True:
         job = verbs.find_job(api, run_id, options)
         pod = _pod(api, job, options.namespace, which)
+        is_cut = False
         if pod is not None:
-            yield from _lines(api, pod, options.namespace, follows, seen)
+            is_cut = yield from _lines(api, pod, options.namespace, follows, told)
         elif not follows:
             why = sight.see(job).why if job else "it is not there any more"
             text = f"run {run_id} has no {'head' if which == 'driver' else which} on the cluster"
             raise ClusterError(f"{text} ({why or 'its pods are gone'}); its folder in storage has what was printed")
-        if not follows or job is None or sight.is_done(job):
+        if not is_cut and (not follows or job is None or sight.is_done(job)):
             return
-        time.sleep(LOOK_AGAIN_S)
+        time.sleep(LOOK_AGAIN_S / 4 if is_cut else LOOK_AGAIN_S)
+
+
+@dataclass
+class _Told:
+    """How far a pod's log was read."""
+
+    stamp: str = ""
+    """The time of the last line, as it was given."""
+    num_cuts: int = 0
+    """Since then, without another line."""
 
 
 def _pod(api: Client, job: Object | None, namespace: str, which: str) -> Object | None:
@@ -76,36 +92,45 @@ def _pod(api: Client, job: Object | None, namespace: str, which: str) -> Object 
     return found[number] if number < len(found) else None
 
 
-def _lines(api: Client, pod: Object, namespace: str, follows: bool, seen: dict[str, str]) -> Iterator[bytes]:
-    """What one pod prints and was not read yet: `seen` keeps the time of the last line by pod.
+def _lines(
+    api: Client, pod: Object, namespace: str, follows: bool, told: dict[str, _Told]
+) -> Generator[bytes, None, bool]:
+    """What one pod prints and was not told yet; True when that was cut, and there may be more.
 
-    Lines have the time at which they were printed, which is how a stream goes on where another was cut.
+    Lines come with the time at which they were printed, which is how a stream goes on where another was cut.
     """
-    name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
-    container = pod["spec"]["containers"][0]["name"]
-    path = POD.path(namespace, name, "log")
-    while True:
-        query = {"container": container, "timestamps": "true", "follow": "true" if follows else "false"}
-        if last := seen.get(uid):
-            query["sinceTime"] = last
-        try:
-            with api.stream(path, query, SILENCE_S) as lines:
-                for line in lines:
-                    found = STAMP.match(line)
-                    stamp = found[1].decode() if found else ""
-                    if stamp and stamp <= seen.get(uid, ""):
-                        continue  # told before the cut
-                    seen[uid] = stamp or seen.get(uid, "")
-                    yield found[2] if found else line
-            return
-        except Refused as refusal:
-            if refusal.code == 400 and not follows:  # its container has not started
-                return
-            if refusal.code not in (400, 404, 429, 500, 502, 503, 504) or not follows:
-                raise
-            return
-        except (OSError, http.client.HTTPException):
-            time.sleep(LOOK_AGAIN_S / 4)  # cut: go on from the last line
+    mark = told.setdefault(pod["metadata"]["uid"], _Told())
+    query = {"container": pod["spec"]["containers"][0]["name"], "timestamps": "true", "follow": str(follows).lower()}
+    if mark.stamp:
+        query["sinceTime"] = mark.stamp
+    try:
+        with api.stream(POD.path(namespace, pod["metadata"]["name"], "log"), query, SILENCE_S) as lines:
+            for line in lines:
+                found = STAMP.match(line)
+                stamp = found[1].decode() if found else ""
+                if stamp and mark.stamp and moment(stamp) <= moment(mark.stamp):
+                    continue  # told before the cut: a time to go on from counts in whole seconds
+                mark.stamp, mark.num_cuts = stamp or mark.stamp, 0
+                yield found[2] if found else line
+        return False
+    except Refused as refusal:
+        if refusal.code in (400, 404):  # its container has not begun, or it is gone
+            return False
+        if refusal.code not in (401, 429, 500, 502, 503, 504) or mark.num_cuts >= MOST_CUTS:
+            raise
+    except (OSError, http.client.HTTPException) as trouble:
+        # Where nothing can be reached any more, whoever looks for the pod next says so.
+        if mark.num_cuts >= MOST_CUTS:
+            raise api.unreachable(trouble) from trouble
+    mark.num_cuts += 1
+    return True
+
+
+def moment(stamp: str) -> tuple[datetime, str]:
+    """A time to the nanosecond, in an order."""
+    found = FRACTION.search(stamp)
+    digits = found[1] if found else ""
+    return datetime.fromisoformat(FRACTION.sub("", stamp)), digits.ljust(9, "0")
 
 
 # -- Ray's dashboard ---------------------------------------------------------------------------------------------

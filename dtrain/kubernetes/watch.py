@@ -59,9 +59,9 @@ def _events(client: Client, path: str, query: dict[str, str], silence_s: float) 
             for line in lines:
                 yield json.loads(line)
     except Refused as refusal:
-        if refusal.code not in (410, 429, 500, 502, 503, 504):
+        if refusal.code not in (401, 410, 429, 500, 502, 503, 504):
             raise
-        if refusal.code == 410:
+        if refusal.code in (401, 410):  # a list renews what was refused, or says why it cannot
             yield {"type": "ERROR", "object": {}}
     except (OSError, http.client.HTTPException, ValueError):
         return  # cut, or silent: the caller goes on from the last version it saw

@@ -176,6 +176,20 @@ def test_a_watch_goes_on(api: ApiServer, mine: Client, trouble: str) -> None:
     assert found["new"]["metadata"]["uid"] == api.get("Pod", "new")["metadata"]["uid"]
 
 
+def test_a_watch_outlives_its_token(api: ApiServer, tmp_path: Path) -> None:
+    token = api.user("me", [("list", "", "pods"), ("watch", "", "pods")])
+    (tmp_path / "token").write_text(token)
+    api.kubeconfig(tmp_path / "k", tokenFile="token")
+    with Client(kubeconfig.find(str(tmp_path / "k"), None)) as mine:
+        seen = watch(mine, POD, "dtrain", timeout_s=10)
+        assert next(seen) == {}
+        api.expire(token)
+        (tmp_path / "token").write_text(api.user("me", [("list", "", "pods"), ("watch", "", "pods")]))
+        api.drop_watches()
+        api.put(a_pod("new"))
+        assert set(_told(seen, bool)) == {"new"}
+
+
 def test_a_watch_ends_in_time_and_leaves_no_connection(api: ApiServer, mine: Client) -> None:
     started = time.monotonic()
     assert list(watch(mine, POD, "dtrain", timeout_s=1.0)) == [{}]

@@ -114,6 +114,52 @@ def test_following_through_cuts_repeats_nothing_and_misses_nothing(run: ApiServe
     assert all("sinceTime" in request.query for request in followed[1:])  # not all of it, again and again
 
 
+def test_what_was_cut_at_the_end_is_still_told(run: ApiServer) -> None:
+    """The run is over while the connection is cut: the rest is read before the reader leaves."""
+    run.log("x-1-head-a", b"0\n")
+    reader = Reader("head")
+    reader.await_lines(1)
+    run.fail(r"/log$", status=502, times=1)
+    run.log("x-1-head-a", b"1\n")
+    reader.await_lines(2)
+    run.set_status("RayJob", NAME, {**RUNNING, "jobDeploymentStatus": "Failed", "jobStatus": "FAILED"})
+    run.drop_watches()
+    run.log("x-1-head-a", b"the error\n")
+    run.end_log("x-1-head-a")
+    reader.join()
+    assert reader.lines == [b"0\n", b"1\n", b"the error\n"]
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_log_that_cannot_be_had_is_not_asked_for_ever(
+    run: ApiServer, monkeypatch: pytest.MonkeyPatch, follows: bool
+) -> None:
+    """A node that died: its pod is there, and the API server cannot ask its kubelet."""
+    monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.01)
+    run.fail(r"/log$", status=500, message="dial tcp 10.0.0.7:10250: connect: no route to host", times=10**6)
+    with pytest.raises(ClusterError, match="no route to host"):
+        list(kuberay.logs(RUN, some_options(), "head", follows))
+    assert len([r for r in run.requests if r.path.endswith("/log")]) == logs.MOST_CUTS + 1
+
+
+def test_nobody_answers_any_more(run: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.01)
+    run.fail(r"/log$", cut="before", times=10**6)
+    with pytest.raises(ClusterError, match="cannot be reached: the connection is cut"):
+        list(kuberay.logs(RUN, some_options(), "head", False))
+
+
+@pytest.mark.parametrize(
+    "stamps",
+    [
+        ["2026-11-20T17:13:17.1Z", "2026-11-20T17:13:17.12Z", "2026-11-20T17:13:18Z"],
+        ["2026-11-20T19:13:17.000000001+02:00", "2026-11-20T17:13:17.000000002Z", "2026-11-20T17:13:17.9+00:00"],
+    ],
+)
+def test_times_are_in_an_order_however_they_are_written(stamps: list[str]) -> None:
+    assert [logs.moment(stamp) for stamp in stamps] == sorted(logs.moment(stamp) for stamp in reversed(stamps))
+
+
 def test_following_goes_on_with_a_heads_successor(run: ApiServer) -> None:
     run.log("x-1-head-a", b"first\n")
     reader = Reader("head")
