@@ -79,12 +79,17 @@ def look_over(place: str, cluster: "ClusterSpec | None", say: Say) -> int:
     for run in _open(place):
         try:
             plan = run.plan
-            if cluster is None or plan.backend.name == cluster.backend.name:
+            if cluster is None or _place(plan.backend) == _place(cluster.backend):
                 under_way += 1
                 look_at(run, cluster.backend if cluster is not None else plan.backend, say)
         except DtrainError as error:  # one run's trouble is not the others'
             say(f"{run.id}: {error.message}")
     return under_way
+
+
+def _place(backend: Any) -> tuple[str, str | None]:
+    """Where a backend's runs are: two namespaces may keep theirs in one storage, and cannot see each other's."""
+    return backend.name, getattr(backend, "namespace", None)
 
 
 def look_at(run: runs.Run, options: Any, say: Say) -> bool:

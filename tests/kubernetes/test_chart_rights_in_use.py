@@ -26,7 +26,10 @@ PATH = re.compile(
 
 
 def _given(values: Values, kind: str, *names: str) -> set[Right]:
-    roles = [named(objects(values), kind, name) for name in names]
+    return _of([named(objects(values), kind, name) for name in names])
+
+
+def _of(roles: list[Object]) -> set[Right]:
     given = {(verb, resource) for role in roles for resource, verbs in rights(role).items() for verb in verbs}
     return {right for right in given if " " not in right[1]}  # one object by its name is kubectl's to read
 
@@ -54,9 +57,14 @@ def _asked(api: ApiServer) -> set[Right]:
     return asked
 
 
-def _as(api: ApiServer, folder: Path, given: set[Right]) -> str:
-    token = api.user("somebody", _rules(given), namespaces=None)
+def user_with(api: ApiServer, folder: Path, given: set[Right], namespaces: tuple[str, ...] | None = None) -> str:
+    """The kubeconfig of somebody who may do this and no more; everywhere, where no namespaces are named."""
+    token = api.user("somebody", _rules(given), namespaces=namespaces)
     return str(api.kubeconfig(folder / "somebody", token=token))
+
+
+def supervisor_rights(values: Values, namespace: str) -> set[Right]:
+    return _of([named(objects(values), "Role", "dtrain-supervisor", namespace)])
 
 
 @contextmanager
@@ -119,7 +127,7 @@ def _submit_look_and_log(api: ApiServer, options: kuberay.Options) -> None:
 
 def test_a_submitter_submits_looks_resumes_and_stops(api: ApiServer, tmp_path: Path) -> None:
     given = _given(IN_NAMESPACE, "ClusterRole", "dtrain-user")
-    options = some_options(kubeconfig=_as(api, tmp_path, given))
+    options = some_options(kubeconfig=user_with(api, tmp_path, given))
     with _operator(api):
         _submit_look_and_log(api, options)
         api.set_status("RayJob", NAME, {"jobDeploymentStatus": "Failed", "jobStatus": "FAILED"})
@@ -145,7 +153,7 @@ def test_a_submitter_without_any_one_right_of_these_cannot(tmp_path: Path) -> No
     assert needed <= given
     for right in sorted(needed):
         with ApiServer() as api, _operator(api):
-            options = some_options(kubeconfig=_as(api, tmp_path, given - {right}))
+            options = some_options(kubeconfig=user_with(api, tmp_path, given - {right}))
             with pytest.raises((ClusterError, AssertionError)):
                 _submit_look_and_log(api, options)
                 kuberay.end(RUN, options)
@@ -153,7 +161,7 @@ def test_a_submitter_without_any_one_right_of_these_cannot(tmp_path: Path) -> No
 
 def test_a_submitter_keeps_a_standing_cluster(api: ApiServer, tmp_path: Path) -> None:
     given = _given(IN_NAMESPACE, "ClusterRole", "dtrain-user")
-    options = some_options(kubeconfig=_as(api, tmp_path, given), standing={"name": "shared", "nodes": 1})
+    options = some_options(kubeconfig=user_with(api, tmp_path, given), standing={"name": "shared", "nodes": 1})
 
     def operator(event: str, cluster: Object) -> None:
         if event == "DELETED":
@@ -178,7 +186,7 @@ def test_a_submitter_keeps_a_standing_cluster(api: ApiServer, tmp_path: Path) ->
 
 def test_a_viewer_looks_and_cannot_touch(api: ApiServer, tmp_path: Path) -> None:
     theirs = some_options(kubeconfig=str(api.kubeconfig(tmp_path / "admin")))
-    options = some_options(kubeconfig=_as(api, tmp_path, _given(IN_NAMESPACE, "ClusterRole", "dtrain-viewer")))
+    options = some_options(kubeconfig=user_with(api, tmp_path, _given(IN_NAMESPACE, "ClusterRole", "dtrain-viewer")))
     with _operator(api):
         _submit_look_and_log(api, theirs)
         assert kuberay.look(RUN, options) is not None
@@ -192,8 +200,8 @@ def test_a_viewer_looks_and_cannot_touch(api: ApiServer, tmp_path: Path) -> None
 
 def test_a_supervisor_sees_a_run_end_and_submits_it_again(api: ApiServer, tmp_path: Path) -> None:
     theirs = some_options(kubeconfig=str(api.kubeconfig(tmp_path / "admin")))
-    given = _given(IN_NAMESPACE, "Role", "dtrain-supervisor")
-    options = some_options(kubeconfig=_as(api, tmp_path, given))
+    given = supervisor_rights(IN_NAMESPACE, "dtrain")
+    options = some_options(kubeconfig=user_with(api, tmp_path, given))
     with _operator(api):
         kuberay.send(submission(), theirs, print)
         _until(lambda: api.get("Pod", f"{CLUSTER}-worker") is not None)
@@ -214,7 +222,7 @@ def test_a_supervisor_sees_a_run_end_and_submits_it_again(api: ApiServer, tmp_pa
 
 
 def test_the_answer_lost_to_a_supervisor_makes_no_second_run(api: ApiServer, tmp_path: Path) -> None:
-    options = some_options(kubeconfig=_as(api, tmp_path, _given(IN_NAMESPACE, "Role", "dtrain-supervisor")))
+    options = some_options(kubeconfig=user_with(api, tmp_path, supervisor_rights(IN_NAMESPACE, "dtrain")))
     api.fail(path=r".*/networkpolicies", method="POST", cut="after")
     begun = time.monotonic()
     with _operator(api):
@@ -228,7 +236,7 @@ def test_the_doctor_of_a_submitter_lacks_no_right(api: ApiServer, tmp_path: Path
     given = _given(EVERYTHING, "ClusterRole", "dtrain-user", "dtrain-user-cluster")
     words = {"priority_class": "dtrain-normal", "service_account": "dtrain-run"}
     volume = {"mount": "/mnt/dtrain", "claim": "dtrain-runs"}
-    options = some_options(kubeconfig=_as(api, tmp_path, given), volumes=[volume], **words)
+    options = some_options(kubeconfig=user_with(api, tmp_path, given), volumes=[volume], **words)
     for one in objects(IN_NAMESPACE):
         if one["kind"] in ("PriorityClass", "ServiceAccount", "PersistentVolumeClaim"):
             api.put(one)
