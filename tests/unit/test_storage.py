@@ -1,11 +1,12 @@
 """What every storage promises: whole objects, conditions that hold, listings that lack nothing."""
 
+import fcntl
 import os
 import subprocess
 import sys
 import textwrap
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -232,19 +233,18 @@ FORKS = """
     from dtrain.storage import at
     storage = at(sys.argv[1])
     storage.write("a", b"parent")
-    for leaves in (sys.exit, os._exit):
-        child = os.fork()
-        if not child:
-            assert storage.read("a")[0] == b"parent"
-            storage.write(f"child-{leaves.__name__}", b"child")
-            grandchild = os.fork()
-            if not grandchild:
-                storage.write(f"grandchild-{leaves.__name__}", b"grandchild")
-                leaves(0)
-            assert os.waitpid(grandchild, 0)[1] == 0
-            leaves(0)
-        storage.write("meanwhile", b"parent")
-        assert os.waitpid(child, 0)[1] == 0
+    child = os.fork()
+    if not child:
+        assert storage.read("a")[0] == b"parent"
+        storage.write("child", b"child")
+        grandchild = os.fork()
+        if not grandchild:
+            storage.write("grandchild", b"grandchild")
+            os._exit(0)
+        assert os.waitpid(grandchild, 0)[1] == 0
+        sys.exit(0)
+    storage.write("meanwhile", b"parent")
+    assert os.waitpid(child, 0)[1] == 0
     print(*(entry.name for entry in storage.entries()))
 """
 
@@ -253,8 +253,7 @@ def test_a_forked_child_uses_what_its_parent_had_opened(storage):
     command = [sys.executable, "-c", textwrap.dedent(FORKS), storage.uri]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=SOURCE)
     assert (found.returncode, found.stderr) == (0, "")
-    children = ["child-_exit", "child-exit", "grandchild-_exit", "grandchild-exit"]
-    assert found.stdout.split() == ["a", *children, "meanwhile"]
+    assert found.stdout.split() == ["a", "child", "grandchild", "meanwhile"]
 
 
 # -- which one ---------------------------------------------------------------------------------------------------
@@ -314,6 +313,22 @@ def test_a_folder_shows_no_files_of_its_own(tmp_path):
     (tmp_path / "runs" / "b").mkdir()
     (tmp_path / "runs" / "b" / f".c{folder.WRITING}1234").touch()  # of a writer that was killed
     assert storage.folders() == []
+
+
+def test_a_condition_is_judged_and_acted_on_under_one_lock(tmp_path):
+    """Between the two nobody else may write, on whichever machine."""
+    storage = folder.open(str(tmp_path))
+    version = storage.write("a", b"one")
+    with (tmp_path / folder.LOCK).open() as held, ThreadPoolExecutor(2) as pool:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        late = [pool.submit(storage.write, "a", b"two", if_version=version), pool.submit(storage.write, "b", b"plain")]
+        assert not wait(late, timeout=0.3).done
+        (tmp_path / "a").write_bytes(b"by somebody else")
+        fcntl.flock(held, fcntl.LOCK_UN)
+        assert late[1].result() == storage.read("b")[1]
+        with pytest.raises(Conflict):
+            late[0].result()
+    assert storage.read("a")[0] == b"by somebody else"
 
 
 def test_a_folder_that_cannot_be_written_says_why(tmp_path):
