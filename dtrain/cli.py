@@ -235,11 +235,12 @@ def ps(storage: str | None, cluster: Path | None, as_json: bool) -> None:
 
     where = _where(storage, cluster)
     listed = runs.list_runs(where)
+    seen = _sights(cluster) if listed else {}
     if as_json:
-        _echo_json([tables.facts(run) for run in listed])
+        _echo_json([tables.facts(run, seen.get(run.id)) for run in listed])
     elif listed:
         out = console()
-        out.print(tables.ps(listed, out.width))
+        out.print(tables.ps(listed, out.width, seen))
     else:
         click.echo(f"{where}: no runs yet; `dtrain submit JOB` makes one", err=True)
 
@@ -552,6 +553,22 @@ def _sight(run: "Run") -> "Sight | None":
         return api.sight_of(run, run.plan)
     except ClusterError as error:
         return Sight(phase="queued", why=f"its cluster cannot be asked: {error.message}")
+
+
+def _sights(cluster: Path | None) -> "dict[str, Sight]":
+    """What a cluster file's cluster says of all its runs; that it cannot be asked is said, and no error."""
+    if cluster is None:
+        return {}
+    from dtrain import component
+    from dtrain.spec.load import load_cluster
+
+    options = load_cluster(cluster).backend
+    backend = component.load("backends", options.name)
+    try:
+        return dict(backend.sights(options)) if hasattr(backend, "sights") else {}
+    except ClusterError as error:
+        _say(f"the cluster cannot be asked: {error.message}")
+        return {}
 
 
 def _findings(findings: "Sequence[Finding]", what: str, as_json: bool) -> None:

@@ -10,6 +10,7 @@
 And where the cluster knows more of a run than its folder does (`local` has none of these):
 
 - `look(run_id, options) -> Sight | None`: what the cluster sees of a run; None when it knows nothing of it;
+- `sights(options) -> dict[str, Sight]`: the same of all runs it knows, by id, in a few requests however many they are;
 - `end(run_id, options) -> bool`: take it off the cluster, whatever it is doing; False when it was not there;
 - `logs(run_id, options, which, follows) -> Iterator[bytes]`: what its pods print ("driver", "rank-0", ...);
 - `check(submission, options) -> list[str]`: let the server validate what would be sent (`--dry-run=server`); what it

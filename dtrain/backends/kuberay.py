@@ -80,6 +80,13 @@ def look(run_id: str, options: Options) -> Sight | None:
     return verbs.look(run_id, options)
 
 
+def sights(options: Options) -> dict[str, Sight]:
+    """What the cluster sees of all runs, by id."""
+    from dtrain.kubernetes import verbs
+
+    return verbs.sights(options)
+
+
 def end(run_id: str, options: Options) -> bool:
     """Delete a run's objects, and wait until its pods are gone."""
     from dtrain.kubernetes import verbs

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
+WAITING = frozenset({"queued", "starting"})
+"""States in which the cluster knows more of a run than the run's folder."""
 MAX_METRIC_LINES = 20
 MIN_CAUSE_WIDTH = 10
 """Narrower than this, `ps` leaves causes out."""
@@ -33,21 +35,25 @@ def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
     return int(metrics.get("step", 0) if known is None else known)
 
 
-def facts(run: runs.Run) -> dict[str, Any]:
-    """A run for a machine: its record, its folder, and where it stands."""
+def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
+    """A run for a machine: its record, its folder, and where it stands; `sight` is what its cluster says of it."""
     record = run.record
     metrics = run.latest(record)
     where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
-    return {**record.model_dump(mode="json"), **where}
+    seen = {} if sight is None else {"cluster": sight.model_dump()}
+    return {**record.model_dump(mode="json"), **where, **seen}
 
 
 # -- ps ------------------------------------------------------------------------------------------------------
 
 
-def ps(listed: Sequence[runs.Run], width: int) -> RenderableType:
-    """One row a run, the newest first; causes are cut to what `width` leaves them."""
+def ps(listed: Sequence[runs.Run], width: int, seen: "Mapping[str, Sight] | None" = None) -> RenderableType:
+    """One row a run, the newest first; causes are cut to what `width` leaves them.
+
+    `seen` is what the cluster says, by id: of a run that waits it knows more than the run's folder.
+    """
     now = time.time()
-    rows = [_ps_row(run, now) for run in reversed(listed)]
+    rows = [_ps_row(run, now, (seen or {}).get(run.id)) for run in reversed(listed)]
     names = ("run", "state", "step", "loss", "age", "took", "tries")
     used = sum(max(len(name), *(len(row[i]) for row in rows)) + 2 for i, name in enumerate(names))
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0), pad_edge=False)
@@ -63,7 +69,7 @@ def ps(listed: Sequence[runs.Run], width: int) -> RenderableType:
     return table
 
 
-def _ps_row(run: runs.Run, now: float) -> list[Text]:
+def _ps_row(run: runs.Run, now: float, sight: "Sight | None") -> list[Text]:
     try:
         record = run.record
         metrics = run.latest(record)
@@ -71,15 +77,16 @@ def _ps_row(run: runs.Run, now: float) -> list[Text]:
         cells = [run.id, "unreadable", "", "", "", "", "", error.message]
     else:
         loss = metrics.get("loss")
+        waits = sight is not None and record.state in WAITING
         cells = [
             run.id,
-            record.state,
+            sight.phase if sight is not None and waits else record.state,
             f"{step_of(record, metrics):,}" + (f"/{record.num_steps:,}" if record.num_steps else ""),
             "-" if loss is None else words.measure(loss),
             words.age(now - record.created_at).removesuffix(" ago"),
             words.duration(_took(record, now)),
             str(len(record.attempts) or "-"),
-            words.visible(record.cause).replace("\n", " "),
+            words.visible(sight.why if sight is not None and waits else record.cause).replace("\n", " "),
         ]
     return [Text(cell) for cell in cells]
 
