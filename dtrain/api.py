@@ -30,6 +30,10 @@ if TYPE_CHECKING:
 LOCAL_CLUSTER = Path("clusters/local.yaml")
 POLL_S = 0.1
 STOP_S = 150.0
+RETRY_S = 0.5
+LEAVING_S = 10.0
+"""How long a driver that has said how its run ended takes to leave, at most."""
+CLEARED_S = 60.0
 AnyJob = str | Path | Mapping[str, Any] | JobSpec | ScriptSpec
 AnyCluster = str | Path | Mapping[str, Any] | ClusterSpec | None
 Overrides = Sequence[str] | Mapping[str, Any]
@@ -193,14 +197,19 @@ def create(plan: P, text: str, say: Say, folder: Path | None, name: str | None =
     return run, plan
 
 
-def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
-    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting."""
+def hand_over(run: runs.Run, plan: AnyPlan, say: Say, *, resumes: bool = False) -> None:
+    """Give a queued run to the cluster; a run that the cluster did not take is ended, never left waiting.
+
+    One that resumes may have left something there, which must be over first.
+    """
     backend = backend_of(plan)
     try:
         if hasattr(backend, "look"):
             from dtrain import handshake
 
             handshake.record(storage.at(plan.storage), run.id)
+            if resumes:
+                _clear(run, plan, say)
         backend.send(backend.render(plan, run.path), plan.backend, say)
     except DtrainError as error:
         run.end_undriven("failed", f"it could not be handed to the cluster: {error.message}", error)
@@ -208,6 +217,21 @@ def hand_over(run: runs.Run, plan: AnyPlan, say: Say) -> None:
     except KeyboardInterrupt:
         run.ask_to_stop("Ctrl-C")
         raise
+
+
+def _clear(run: runs.Run, plan: AnyPlan, say: Say) -> None:
+    """See that nothing of an ended run is left on its cluster, which would otherwise take it for the new one."""
+    backend = backend_of(plan)
+    began, is_told = time.monotonic(), False
+    while (sight := backend.look(run.id, plan.backend)) is not None and not sight.is_over:
+        waited_s = time.monotonic() - began
+        if not is_told and waited_s > LEAVING_S:
+            is_told = True
+            say(f"the cluster still has something of {run.id}: ending it")
+            backend.end(run.id, plan.backend)
+        if waited_s > CLEARED_S:
+            raise ClusterError(f"{run.id} is still on its cluster after {waited_s:.0f} s; resume it once that is over")
+        time.sleep(RETRY_S)
 
 
 def sight_of(run: runs.Run, plan: AnyPlan) -> "Sight | None":

@@ -198,7 +198,7 @@ def resume(word: str | None, storage: str | None, cluster: Path | None, detach: 
     for path in code.changed(decided.code):
         runs_as = "it runs as it is now" if decided.backend.name == "local" else "the cluster runs what was submitted"
         _say(f"{path} is not what it was when the run was submitted; {runs_as}")
-    api.hand_over(run, decided, _say)
+    api.hand_over(run, decided, _say, resumes=True)
     _attend(run, decided, detach, as_json, from_now=True)
 
 
@@ -299,7 +299,9 @@ def logs(
     try:
         view.show(run, pattern, sys.stdout.buffer, follows=follows, num_lines=num_lines)
     except InputError:
-        if not view.from_cluster(run, pattern, sys.stdout.buffer, follows):
+        from dtrain.view import cluster as of_cluster
+
+        if not of_cluster.logs(run, pattern, sys.stdout.buffer, follows):
             raise
 
 

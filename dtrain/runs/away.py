@@ -29,6 +29,8 @@ from dtrain.storage.lease import COMMITTED, Lease, is_owned, standing
 NUM_READERS = 32
 FRESH_S = 5.0
 """For so long the record that a listing has read serves the first look at a run."""
+PATIENCE_S = 3.0
+"""How long a driver that has ended its run may take to give the lease up."""
 CHECKPOINTS = "checkpoints/"
 MARKS = ("manifest.json", "COMMITTED")
 """What is copied of checkpoints, unless one is fetched."""
@@ -179,7 +181,7 @@ class RemoteRun(Run):
         found = standing(self.storage, self.id) if is_dead else None
         succeeding = found.token if found is not None else None
         lease = Lease(self.storage, self.id, f"pid {os.getpid()} on {socket.gethostname()}")
-        lease.acquire(succeeding=succeeding, renews=False)
+        lease.acquire(PATIENCE_S, succeeding=succeeding, renews=False)
         self._owning = lease
         return -1
 

@@ -6,12 +6,14 @@ changes on condition of the lease only.
 """
 
 import contextlib
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import BinaryIO
 
 from dtrain.errors import StorageError
 from dtrain.runs.growing import Growing
@@ -24,6 +26,7 @@ SLOW_PERIOD_S = 30.0
 LAST_S = 60.0
 """How long storage may refuse at the end before what was not carried is given up."""
 NUM_AT_ONCE = 8
+MAX_ECHO = 1 << 20
 
 
 class Carrier:
@@ -41,17 +44,20 @@ class Carrier:
         slow: Iterable[str] = (),
         mirrored: Iterable[str] = (),
         also: Callable[[], None] | None = None,
+        echo: BinaryIO | None = None,
     ) -> None:
         """`growing` are names, the others patterns below `folder`.
 
         `whole` files are put once they have stopped changing, `slow` ones every half minute, and of `mirrored` ones
         those that are deleted are deleted on storage too. `also` is done each time round. `is_mine` says whether the
-        run still belongs to whoever started this.
+        run still belongs to whoever started this. What logs gain is written to `echo` too.
         """
         self._storage, self._run_id, self._folder, self._is_mine = storage, run_id, folder, is_mine
+        growing = list(growing)
         self._growing = [Growing(storage, f"{run_id}/{name}", folder / name) for name in growing]
         self._whole, self._slow, self._mirrored = list(whole), list(slow), list(mirrored)
-        self._also = also
+        self._also, self._echo = also, echo
+        self._logs = {folder / name: 0 for name in growing if name.endswith(".log")}
         self._seen: dict[str, tuple[int, int]] = {}
         self._carried: dict[str, tuple[int, int]] = {}
         self._next_slow = 0.0
@@ -75,6 +81,7 @@ class Carrier:
                 self._carried |= {str(copy.relative_to(self._folder)): _facts(copy) for copy in found.values()}
 
     def start(self) -> None:
+        self._logs = {path: path.stat().st_size if path.exists() else 0 for path in self._logs}
         self._thread.start()
 
     def hurry(self) -> None:
@@ -100,6 +107,7 @@ class Carrier:
     def _once(self, is_last: bool = False) -> bool:
         """Carry all that is new; False when storage refused."""
         try:
+            self._repeat_logs()
             if self._also is not None:
                 self._also()
             for growing in self._growing:
@@ -120,6 +128,20 @@ class Carrier:
             return False
         return True
 
+    def _repeat_logs(self) -> None:
+        """Whole lines only, each with the name of the log that it stands in."""
+        if self._echo is None:
+            return
+        for path, offset in self._logs.items():
+            with contextlib.suppress(OSError), path.open("rb") as file:
+                file.seek(offset)
+                whole = file.read(MAX_ECHO).rpartition(b"\n")
+                self._logs[path] += len(whole[0]) + len(whole[1])
+                label = path.stem.encode() + b" | "
+                self._echo.writelines(label + line + b"\n" for line in whole[0].splitlines())
+        with contextlib.suppress(OSError):
+            self._echo.flush()
+
     def _carry(self, patterns: list[str], at_once: bool) -> None:
         for pattern in patterns:
             for path in sorted(self._folder.glob(pattern)):
@@ -139,6 +161,16 @@ class Carrier:
         self._storage.delete([f"{self._run_id}/{name}" for name in gone])
         for name in gone:
             del self._carried[name]
+
+
+def pod_output() -> BinaryIO | None:
+    """What the pod that this process is in prints, so that its log shows more than how Ray started; None elsewhere."""
+    if "KUBERNETES_SERVICE_HOST" not in os.environ:
+        return None
+    try:
+        return open("/proc/1/fd/1", "ab")
+    except OSError:
+        return None
 
 
 def _facts(path: Path) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 from dtrain import bundle, storage
 from dtrain.errors import StorageError
 from dtrain.plan import AnyPlan, ScriptPlan, read_plan
-from dtrain.runtime.carrier import Carrier
+from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.own_folder import OwnFolder, code_folder
 from dtrain.storage import Storage
 from dtrain.storage.lease import standing
@@ -42,6 +42,7 @@ class OnNode:
             whole=["samples/*"],
             slow=["tensorboard/*"],
             mirrored=["checkpoints/**/*"] if isinstance(plan, ScriptPlan) else [],
+            echo=pod_output(),
         )
         self._carrier.fetch()
         self._carrier.start()

@@ -20,7 +20,7 @@ from dtrain import handshake, storage
 from dtrain.errors import ClusterError, DtrainError, StorageError
 from dtrain.runs import Run
 from dtrain.runtime import driver
-from dtrain.runtime.carrier import Carrier
+from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.on_node import arrived_plan
 from dtrain.runtime.own_folder import OwnFolder, base
 from dtrain.storage import NotThere, Storage
@@ -110,7 +110,13 @@ class OnHead:
         self.agent_args: dict[str, Any] = {"storage": self._uri, "run": self._run_id, "token": token}
         growing = ["events.jsonl", "logs/driver.log"]
         self._carrier = Carrier(
-            self._place, self._run_id, self._own.path, self._is_mine, growing=growing, also=self._exchange
+            self._place,
+            self._run_id,
+            self._own.path,
+            self._is_mine,
+            growing=growing,
+            also=self._exchange,
+            echo=pod_output(),
         )
         self._carrier.fetch()
         self._carrier.start()

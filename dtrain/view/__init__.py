@@ -8,6 +8,7 @@
 - `outcome`: a run after it has ended;
 - `tables`: runs side by side, and the whole story of one;
 - `logs`: what its processes printed;
+- `cluster`: what its cluster says while its folder says nothing yet;
 - `doctor`: what was found of this machine.
 """
 

@@ -13,7 +13,7 @@ import click
 
 from dtrain.plan import Plan, ScriptPlan
 from dtrain.runs import Record, Run
-from dtrain.view import console, outcome, tables, words
+from dtrain.view import cluster, console, outcome, tables, words
 from dtrain.view import follow as live_view
 from dtrain.view import plan as plan_view
 from dtrain.view.follow import Answer
@@ -36,7 +36,8 @@ def follow(run: Run, plan: Plan | ScriptPlan, as_json: bool, from_now: bool = Fa
     with suppress(KeyboardInterrupt):  # outside the view it means what it means twice inside
         out.print(plan_view.start(run.id, plan), soft_wrap=True)
         stop = partial(run.ask_to_stop, "Ctrl-C")
-        ended = live_view.follow(run, out, ask=partial(ask, live), stop=stop, from_now=from_now, live=live)
+        look = partial(cluster.waits_for, run, plan)
+        ended = live_view.follow(run, out, ask=partial(ask, live), stop=stop, look=look, from_now=from_now, live=live)
     if ended is None:
         leave(run, as_json, hint_only=True)
         return 0

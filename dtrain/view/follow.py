@@ -19,6 +19,8 @@ REDRAW_S = 0.5
 """Longest time between two drawings of the live view, so that its clock goes on."""
 OWNER_CHECK_S = 1.0
 """Time between two looks at whether the run still has an owner."""
+LOOK_S = 5.0
+"""Time between two questions to the cluster, of a run that no driver has taken up."""
 UNTAKEN_S = 30.0
 """Time after which a run that no driver has taken up is remarked on."""
 PLAIN_LINE_S = 2.0
@@ -112,12 +114,14 @@ def follow(
     *,
     ask: Callable[[], Answer],
     stop: Callable[[], None],
+    look: Callable[[], str] = str,
     from_now: bool = False,
     live: bool = False,
 ) -> runs.Record | None:
     """Show the run until it has ended, and return its record; None when the person detached.
 
-    `ask` is called on Ctrl-C, `stop` when the answer is to stop. With `from_now`, what happened
+    `ask` is called on Ctrl-C, `stop` when the answer is to stop, `look` for what a run waits for that no driver has
+    taken up; empty when nobody knows. With `from_now`, what happened
     before is not shown.
     """
     reader, progress = Reader(run), Progress()
@@ -130,7 +134,7 @@ def follow(
     try:
         while True:
             try:
-                return _until_end(run, reader, progress, view)
+                return _until_end(run, reader, progress, view, look)
             except KeyboardInterrupt:
                 view.stop()
                 answer = ask()
@@ -143,8 +147,8 @@ def follow(
         view.stop()
 
 
-def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -> runs.Record:
-    untaken_until = time.monotonic() + UNTAKEN_S
+def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View, look: Callable[[], str]) -> runs.Record:
+    untaken_until, next_look, why = time.monotonic() + UNTAKEN_S, time.monotonic() + LOOK_S, ""
     next_check, said = 0.0, ""  # a state whose cause the event before has just told is not told again
     record = run.record
     while True:
@@ -157,6 +161,10 @@ def _until_end(run: runs.Run, reader: Reader, progress: Progress, view: _View) -
                     view.event(Text(untaken(run), style="yellow"))
         else:
             record = run.stored_record()
+        if record.driver_pid is None and not record.ended and time.monotonic() >= next_look:
+            before, why, next_look = why, look(), time.monotonic() + LOOK_S
+            if why and why != before:
+                view.event(Text(why, style="yellow"))
         for kind, line in reader.poll():
             if kind == "metric":
                 progress.take(line)

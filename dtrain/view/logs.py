@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from dtrain import component
 from dtrain.errors import InputError
 from dtrain.runs import Run
 
@@ -38,21 +37,6 @@ def show(run: Run, pattern: str, out: BinaryIO, *, follows: bool, num_lines: int
     if not tails:
         there = ", ".join(p.name for p in sorted(run.logs.glob("*.log"), key=_by_number)) or "none yet"
         raise InputError(f"run {run.id} has no log {pattern}; there is: {there}")
-
-
-def from_cluster(run: Run, pattern: str, out: BinaryIO, follows: bool) -> bool:
-    """Write what the cluster has of a log that is not in the run's folder yet; False when it has nothing."""
-    plan = run.plan
-    backend = component.load("backends", plan.backend.name)
-    if not hasattr(backend, "logs"):
-        return False
-    which = pattern.removesuffix(".log").removesuffix("-*")
-    written = False
-    for data in backend.logs(run.id, plan.backend, which, follows):
-        out.write(data)
-        out.flush()
-        written = written or bool(data)
-    return written
 
 
 class _Tail:

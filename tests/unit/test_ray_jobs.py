@@ -1,5 +1,6 @@
 """The Jobs API of a Ray cluster, as far as no cluster is needed: what is sent, and what is made of refusals."""
 
+import io
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -8,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from making import TWO_CORES, a_cluster, a_job
 
+from dtrain import api, runs
 from dtrain.backends import ray_jobs
+from dtrain.cli import cli
 from dtrain.errors import ClusterError, InputError
 from dtrain.plan import make_plan
+from dtrain.view import cluster
 
 Answer = tuple[int, Any] | None
 
@@ -65,6 +70,11 @@ class Dashboard:
 
     def _do(self, request: BaseHTTPRequestHandler, body: dict[str, Any]) -> Answer:
         name = request.path.removeprefix("/api/jobs/")
+        if name.endswith("/stop"):
+            self.jobs[name.removesuffix("/stop")]["status"] = "STOPPED"
+            return 200, {"stopped": True}
+        if name.endswith("/logs"):
+            return 200, {"logs": "how the driver began\n"}
         if request.command == "POST":
             if body["submission_id"] in self.jobs:
                 return 500, f"ValueError: Job with submission_id {body['submission_id']} already exists."
@@ -170,6 +180,48 @@ def test_nobody_there_is_said_in_seconds(dashboard: Dashboard) -> None:
     dashboard.close()
     with pytest.raises(ClusterError, match="no Ray dashboard answers at http://127"):
         ray_jobs.look("tiny-abcd", dashboard.options)
+
+
+def a_run(dashboard: Dashboard, storage: Path) -> runs.Run:
+    """In a folder, which is the same to everybody."""
+    backend = {"name": "ray_jobs", "address": dashboard.options.address}
+    plan = make_plan(a_job(), a_cluster(backend=backend, storage=str(storage)), TWO_CORES)
+    run = runs.create(plan, "", "tiny-abcd")
+    api.hand_over(run, plan, print)
+    return run
+
+
+def test_a_run_that_no_driver_took_is_ended_on_its_cluster_too(dashboard: Dashboard, tmp_path: Path) -> None:
+    run = a_run(dashboard, tmp_path)
+    assert api.stop(run, "me", 5.0).state == "stopped"
+    assert dashboard.jobs[run.id]["status"] == "STOPPED"
+    asked = len(dashboard.asked)
+    assert api.stop(run, "me", 5.0).state == "stopped", "twice is fine"
+    assert not any("/stop" in what for what in dashboard.asked[asked:])
+
+
+def test_what_is_left_of_an_ended_run_is_over_before_it_resumes(dashboard: Dashboard, tmp_path: Path) -> None:
+    run = a_run(dashboard, tmp_path)
+    run.update(state="failed", exit_code=3)
+    dashboard.jobs[run.id]["status"] = "RUNNING"  # its driver is about to leave
+    threading.Timer(1.0, lambda: dashboard.jobs[run.id].update(status="FAILED")).start()
+    run.requeue("resumed")
+    api.hand_over(run, run.plan, print, resumes=True)
+    assert dashboard.jobs[run.id]["status"] == "PENDING", "a new job, not the one that was leaving"
+
+
+def test_status_and_logs_ask_the_cluster_while_the_run_says_nothing(dashboard: Dashboard, tmp_path: Path) -> None:
+    run = a_run(dashboard, tmp_path)
+    dashboard.jobs[run.id]["message"] = "The runtime environment is being set up."
+    assert cluster.waits_for(run, run.plan) == "queued: The runtime environment is being set up."
+    shown = CliRunner().invoke(cli, ["status", "--storage", str(tmp_path)])
+    assert "The runtime environment is being set up." in shown.output
+    written = io.BytesIO()
+    assert cluster.logs(run, "driver.log", written, follows=False)
+    assert written.getvalue() == b"how the driver began\n"
+    dashboard.before = lambda what: (401, "no")
+    shown = CliRunner().invoke(cli, ["status", "--storage", str(tmp_path)])
+    assert "its cluster cannot be asked" in shown.output
 
 
 def test_it_is_not_ended_by_who_did_not_start_it(dashboard: Dashboard) -> None:

@@ -206,6 +206,19 @@ def test_a_carrier_carries_what_is_written_and_another_node_begins_with_it(place
     assert storage.read("run/metrics.jsonl")[0] == b'{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 
+def test_what_logs_gain_is_repeated_in_whole_lines(place, tmp_path):
+    echo = tmp_path / "echo"
+    (tmp_path / "agent-0.log").write_bytes(b"an earlier attempt's\n")
+    with echo.open("ab") as out:
+        carrier = Carrier(at(place), "run", tmp_path, lambda: True, growing=["agent-0.log", "x.jsonl"], echo=out)
+        carrier.start()
+        (tmp_path / "x.jsonl").write_bytes(b"no log\n")
+        with (tmp_path / "agent-0.log").open("ab") as log:
+            log.write(b"one\ntwo\nhalf a li")
+        carrier.close()
+    assert echo.read_bytes() == b"agent-0 | one\nagent-0 | two\n"
+
+
 def test_a_carrier_that_was_replaced_says_so_and_stops(place, tmp_path):
     storage = at(place)
     (tmp_path / "x.log").write_text("ours\n")
