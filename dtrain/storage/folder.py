@@ -2,7 +2,8 @@
 
 An object is a file that is replaced whole: written beside its place, made durable, and renamed into it. Conditions are
 judged under a lock on the hidden file `.lock`, which every replacing of a file takes for the moment of its rename;
-among several machines that asks for a file system whose locks reach all of them, as those of NFS 4 do.
+among several machines that asks for a file system whose locks reach all of them, as those of NFS 4 do. What is there is
+learned by opening it: of a path alone, NFS tells what it remembers.
 """
 
 import contextlib
@@ -63,7 +64,7 @@ class Folder:
 
     def read_if_changed(self, name: str, version: str | None) -> tuple[bytes, str] | None:
         path = self._path(name)
-        if version is not None and _doing(path, "read", lambda: _version(path.stat())) == version:
+        if version is not None and _doing(path, "read", lambda: _version_at(path)) == version:
             return None
         return self.read(name)
 
@@ -71,17 +72,20 @@ class Folder:
         def fill(file: BinaryIO) -> None:
             file.write(data)
 
-        def condition(path: Path) -> None:
-            try:
-                found = _version(path.stat())
-            except (FileNotFoundError, NotADirectoryError):
-                found = None
-            if if_absent and found is not None:
-                raise Conflict(f"{path} is there already")
-            if if_version is not None and found != if_version:
-                raise Conflict(f"{path} was {'written' if found else 'deleted'} by somebody else meanwhile")
+        def place(making: Path, path: Path) -> None:
+            if if_absent:
+                _link(making, path)
+                return
+            if if_version is not None:
+                try:
+                    found = _version_at(path)
+                except (FileNotFoundError, NotADirectoryError):
+                    found = None
+                if found != if_version:
+                    raise Conflict(f"{path} was {'written' if found else 'deleted'} by somebody else meanwhile")
+            making.replace(path)
 
-        return self._replace(self._path(name), fill, condition)
+        return self._replace(self._path(name), fill, place)
 
     def upload(self, file: Path, name: str) -> None:
         try:
@@ -161,9 +165,12 @@ class Folder:
                     yield Entry(path.relative_to(self._root).as_posix(), facts.st_size, _version(facts))
 
     def _replace(
-        self, path: Path, fill: Callable[[BinaryIO], None], condition: Callable[[Path], None] = lambda _: None
+        self,
+        path: Path,
+        fill: Callable[[BinaryIO], None],
+        place: Callable[[Path, Path], object] = os.replace,
     ) -> str:
-        """Put a file in its place, whole, where the condition holds; returns its version."""
+        """Make a file and put it in its place, whole; returns its version."""
 
         def attempt() -> str:
             making = path.with_name(f".{path.name}{WRITING}{secrets.token_hex(4)}")
@@ -177,8 +184,7 @@ class Folder:
                     os.fsync(file.fileno())
                     version = _version(os.fstat(file.fileno()))
                 with self._locked():
-                    condition(path)
-                    making.replace(path)
+                    place(making, path)
             finally:
                 making.unlink(missing_ok=True)
             _sync(path.parent)
@@ -194,7 +200,12 @@ class Folder:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        descriptor = os.open(self._root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(self._root / LOCK, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            descriptor = os.open(self._root / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(PermissionError):  # another user was quicker
+                os.fchmod(descriptor, 0o666)  # whoever may write beside it needs it too, whatever the umask
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -234,6 +245,28 @@ def _said(path: Path, what: str, error: OSError) -> StorageError:
 
 def _me() -> str:
     return f"user {os.geteuid()}"
+
+
+def _version_at(path: Path) -> str:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _version(os.fstat(descriptor))
+    finally:
+        os.close(descriptor)
+
+
+def _link(making: Path, path: Path) -> None:
+    """Put a file where none is. Raises `Conflict`."""
+    try:
+        os.link(making, path)
+    except FileExistsError:
+        raise Conflict(f"{path} is there already") from None
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+            raise
+        if path.exists():  # a file system without links
+            raise Conflict(f"{path} is there already") from None
+        making.replace(path)
 
 
 def _version(facts: os.stat_result) -> str:

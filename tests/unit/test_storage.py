@@ -282,6 +282,15 @@ def test_a_place_that_nobody_serves(place, said):
         places.at(place)
 
 
+def test_a_place_whose_package_is_missing_says_what_to_install(monkeypatch):
+    for package, place, extra in [("s3fs", "s3", "s3"), ("gcsfs", "gs", "gcs"), ("adlfs", "abfs", "azure")]:
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(
+            InputError, match=f"{place}://b needs the package {package} .*pip install 'dtrain.{extra}.'"
+        ):
+            places.at(f"{place}://b")
+
+
 def test_to_open_a_bucket_reads_neither_torch_nor_ray():
     script = (
         "import sys; from dtrain.storage import at, lease; at('s3://b'); print({'torch', 'ray'} & set(sys.modules))"
@@ -313,6 +322,15 @@ def test_a_folder_shows_no_files_of_its_own(tmp_path):
     (tmp_path / "runs" / "b").mkdir()
     (tmp_path / "runs" / "b" / f".c{folder.WRITING}1234").touch()  # of a writer that was killed
     assert storage.folders() == []
+
+
+def test_several_users_may_share_a_folder(tmp_path):
+    before = os.umask(0o077)
+    try:
+        folder.open(str(tmp_path)).write("a", b"x")
+    finally:
+        os.umask(before)
+    assert (tmp_path / folder.LOCK).stat().st_mode & 0o777 == 0o666
 
 
 def test_a_condition_is_judged_and_acted_on_under_one_lock(tmp_path):
