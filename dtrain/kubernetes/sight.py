@@ -122,12 +122,16 @@ def _said(condition: Object) -> str:
 
 
 def heaviest(cluster: Object | None, pods: Sequence[Object], events: Iterable[Object]) -> Reason | None:
+    """What weighs most of all that keeps a Ray cluster from being ready."""
     told = list(events)
     reasons = [reason for pod in pods if (reason := why.of_pod(pod, told)) is not None]
+    failure = conditions(cluster).get("ReplicaFailure", {})
     uid = (cluster or {}).get("metadata", {}).get("uid")
-    about = [e for e in told if (e.get("involvedObject") or {}).get("kind") == "RayCluster"]
+    about = [event for event in told if uid and (event.get("involvedObject") or {}).get("uid") == uid]
     wanted = 1 + int(((cluster or {}).get("status") or {}).get("desiredWorkerReplicas") or 0)
-    if len(pods) < wanted and (made := why.of_cluster([e for e in about if e["involvedObject"].get("uid") == uid])):
+    if failure.get("status") == "True":  # the operator takes it back once it succeeds
+        reasons.append(Reason("queued", why.refusal(_said(failure)), 80))
+    elif len(pods) < wanted and (made := why.of_cluster(about)):
         reasons.append(made)
     if not reasons:
         return None

@@ -153,21 +153,32 @@ FORBIDDEN = {
 }
 
 
+@pytest.mark.parametrize("where", ["condition", "event"])
 @pytest.mark.parametrize("theirs", sorted(FORBIDDEN))
-def test_pods_that_cannot_be_made(theirs):
-    """The operator says it in an event about the Ray cluster, and makes no pod."""
+def test_pods_that_cannot_be_made(theirs, where):
+    """The operator makes none, and says so in a condition of the Ray cluster and in an event about it."""
     job = {"metadata": {"name": "x"}, "status": {"jobDeploymentStatus": "Initializing", "rayClusterName": "x-1"}}
-    cluster = {"kind": "RayCluster", "metadata": {"name": "x-1", "uid": "u"}, "status": {"desiredWorkerReplicas": 1}}
+    message = f'Failed to create head Pod dtrain/x-1-head, pods "x" is forbidden: {theirs}'
+    failure = {"type": "ReplicaFailure", "status": "True", "reason": "FailedCreateHeadPod", "message": message}
+    status = {"desiredWorkerReplicas": 1, "conditions": [failure] if where == "condition" else []}
+    cluster = {"kind": "RayCluster", "metadata": {"name": "x-1", "uid": "u"}, "status": status}
     event = {
         "metadata": {"creationTimestamp": "2026-11-21T10:00:00Z"},
         "involvedObject": {"kind": "RayCluster", "name": "x-1", "uid": "u"},
         "reason": "FailedToCreateHeadPod",
-        "message": f'Failed to create head Pod dtrain/x-1-head, pods "x" is forbidden: {theirs}',
+        "message": message,
     }
-    seen = sight.see(job, cluster, [], [event])
+    seen = sight.see(job, cluster, [], [event] if where == "event" else [])
     assert (seen.phase, seen.is_over) == ("queued", False)
     assert seen.why.startswith(FORBIDDEN[theirs])
     assert "; " in seen.why  # the next move
+
+
+def test_what_was_said_of_another_cluster_of_the_same_run():
+    job = {"metadata": {"name": "x"}, "status": {"jobDeploymentStatus": "Initializing", "rayClusterName": "x-2"}}
+    cluster = {"kind": "RayCluster", "metadata": {"name": "x-2", "uid": "new"}, "status": {}}
+    event = {"metadata": {}, "involvedObject": {"kind": "RayCluster", "uid": "old"}, "reason": "FailedToCreateHeadPod"}
+    assert sight.see(job, cluster, [], [event]).why == "its pods are being made"
 
 
 def _pod(status: dict, kind: str = "worker") -> dict:
