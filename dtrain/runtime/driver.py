@@ -15,9 +15,7 @@ import contextlib
 import fcntl
 import os
 import secrets
-import select
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,13 +26,13 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 from typing import Any, Protocol
 
-from dtrain import fingerprint
 from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
 from dtrain.plan import AnyPlan, ScriptPlan
 from dtrain.runs import ENDED, Record, Run
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runtime import retry
 from dtrain.runtime.hosts import AgentHost, EmbeddedHost, PlacedHost
+from dtrain.runtime.joining import await_run, is_alive, join, watch
 from dtrain.runtime.reservation import Reservation, answers, connect
 from dtrain.runtime.retry import Failure
 from dtrain.runtime.zygote import Zygote
@@ -50,14 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = arguments_of(argv)
     command = [sys.executable, "-m", "dtrain.runtime", *_common(arguments)]
     waiting_command = [*command, "--wait"]
-    until = _watch(arguments.until)
+    until = watch(arguments.until)
     ray: Any = None
     run_path = arguments.run
     try:
         if arguments.wait:
             ray = join(arguments, "waiting for a run", until)
             Zygote.connect(arguments.folder, arguments.until).close()
-            run_path = _await_run(arguments.folder, until)
+            run_path = await_run(arguments.folder, until)
             if run_path is None:
                 return 0
         with open(Path(run_path) / "logs" / "driver.log", "ab", buffering=0) as log:
@@ -70,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(error.message, file=sys.stderr)
         return error.exit_code
     finally:
-        if arguments.spare and not (arguments.wait and run_path is None) and _is_alive(until):
+        if arguments.spare and not (arguments.wait and run_path is None) and is_alive(until):
             log_file = _log(arguments)
             subprocess.Popen(
                 waiting_command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
@@ -402,7 +400,7 @@ class Driver:
         self._stop = self._stop or why
 
     def _head_is_there(self) -> bool:
-        return _is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
+        return is_alive(self._until) and (self._until >= 0 or answers(self._arguments.address))
 
     def _leave(self) -> None:
         self._is_told_to_leave = self._stop is None
@@ -461,72 +459,6 @@ class Driver:
             else:
                 print(f"{final.state}: {final.cause}", file=sys.stderr)
                 return
-
-
-def join(arguments: argparse.Namespace, name: str, until: int) -> Any:
-    """Connect to Ray, whose client would try for minutes to reach a head that has ended meanwhile.
-
-    In a thread, where it also leaves this process's signal handlers alone. Raises `ClusterError`.
-    """
-    joined: list[Any] = []
-
-    def join() -> None:
-        try:
-            joined.append(connect(arguments.address, arguments.token, name))
-        except ClusterError as error:
-            joined.append(error)
-
-    thread = threading.Thread(target=join, daemon=True)
-    thread.start()
-    while thread.is_alive():
-        if not _is_alive(until):
-            raise ClusterError(f"the Ray head at {arguments.address} ended before it could be joined")
-        thread.join(POLL_S)
-    if isinstance(joined[0], ClusterError):
-        raise joined[0]
-    return joined[0]
-
-
-# -- the waiting driver ------------------------------------------------------------------------------------
-
-
-def _await_run(folder: Path, until: int) -> Path | None:
-    """Serve a socket until somebody hands over a run folder; None when the cluster ends first."""
-    path = folder / f"driver-{fingerprint.of_code()}-{os.getpid()}.sock"
-    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
-        listener.bind(str(path))
-        listener.listen(4)
-        try:
-            while True:
-                ready, _, _ = select.select([listener.fileno(), until] if until >= 0 else [listener.fileno()], [], [])
-                if listener.fileno() not in ready:
-                    return None
-                connection, _ = listener.accept()
-                with connection:
-                    word = connection.recv(4096).decode()
-                    if word == "leave":
-                        return None
-                    if word:
-                        connection.send(b"taken")
-                        return Path(word)
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _watch(pid: int) -> int:
-    """A descriptor that turns readable when the process has ended, also when it has already; -1 for no process."""
-    if not pid:
-        return -1
-    try:
-        return os.pidfd_open(pid)
-    except ProcessLookupError:
-        read, write = os.pipe()
-        os.close(write)
-        return read
-
-
-def _is_alive(pidfd: int) -> bool:
-    return pidfd < 0 or not select.select([pidfd], [], [], 0)[0]
 
 
 def _log(arguments: argparse.Namespace) -> Any:

@@ -21,6 +21,7 @@ from dtrain.errors import ClusterError, DtrainError, StorageError
 from dtrain.runs import Run
 from dtrain.runtime import driver
 from dtrain.runtime.carrier import Carrier, pod_output
+from dtrain.runtime.joining import join
 from dtrain.runtime.on_node import arrived_plan
 from dtrain.runtime.own_folder import OwnFolder, base
 from dtrain.storage import NotThere, Storage
@@ -58,7 +59,7 @@ def _drive(run: Run, address: str, away: "OnHead | None") -> int:
     arguments = driver.arguments_of(words)
     if not run.stored_record().ended:
         with _saying_to(run.logs / "driver.log"):
-            ray = driver.join(arguments, run.id, -1)
+            ray = join(arguments, run.id, -1)
             arguments.address = ray.get_runtime_context().gcs_address
             driver.Driver(run, arguments, [], -1, away).drive(ray)
     record = run.stored_record()
