@@ -23,7 +23,7 @@ def show(run: Run, pattern: str, out: BinaryIO, *, follows: bool, num_lines: int
     several = "*" in pattern and (run.stored_record().num_workers > 1 or len(list(run.logs.glob(pattern))) > 1)
     while True:
         ended = run.record.ended  # before reading: what was written until then is shown
-        if tails:
+        if follows:
             run.refresh("logs/")
         for path in sorted(run.logs.glob(pattern), key=_by_number):
             if path not in tails:

@@ -41,6 +41,10 @@ OVER = ("Complete", "Failed", "ValidationFailed")
 QUICK = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0",  # the raylet need not wait for the dashboard
     "RAY_prestart_worker_first_driver": "0",
+    "RAY_worker_niceness": "0",  # a machine of its own would not keep the ranks waiting
+    # Nodes leave a head that is lost after a minute. Until then one on the same machine, unlike one in a pod, would
+    # find them and think that it runs already.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
 }
 
 
@@ -56,7 +60,7 @@ class ScriptedOperator:
         """The ports of the head, by the uid of its cluster."""
         self._num_workers = 0
         self._done = threading.Event()
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="operator")
 
     def __enter__(self) -> Self:
@@ -70,8 +74,8 @@ class ScriptedOperator:
         self._thread.join()
         self.kubelet.close()
         shutil.rmtree(self.root, ignore_errors=True)
-        if self._error is not None and error is None:
-            raise self._error
+        if self.error is not None and error is None:
+            raise self.error
 
     # -- for tests -------------------------------------------------------------------------------------------
 
@@ -104,7 +108,7 @@ class ScriptedOperator:
                                 raise
                 self.kubelet.sync()
         except BaseException as error:
-            self._error = error
+            self.error = error
 
     def _job(self, job: Object) -> None:
         metadata, spec, status = job["metadata"], job["spec"], job.get("status") or {}
