@@ -342,6 +342,7 @@ def sample(
     """Let its newest checkpoint write, or draw, something."""
     run = _find(storage, cluster, word)
     from dtrain.models import Request
+    from dtrain.storage import is_remote
     from dtrain.training import gallery
     from dtrain.training.sample import generate  # torch takes seconds, a wrong name should not
     from dtrain.view.words import visible
@@ -351,7 +352,8 @@ def sample(
         click.echo(visible(sample.text))
     if sample.pictures is not None:
         step = int(run.record.outcome["steps"]) if run.record.outcome else 0
-        click.echo(run.samples / gallery.save(run.samples, step, sample.pictures))
+        folder = Path(f"{run.id}-samples") if is_remote(run.where) else run.samples
+        click.echo(folder / gallery.save(folder, step, sample.pictures))
 
 
 # -- where it runs ---------------------------------------------------------------------------------------------

@@ -39,13 +39,17 @@ def generate(run: "Run", request: Request) -> Sample:
 
     Raises `StorageError` when the run has no valid checkpoint, `InputError` when its model cannot make samples.
     """
-    from dtrain.checkpoint import store
+    from dtrain.checkpoint import remote, store
     from dtrain.data.cache import folder as cache_folder
+    from dtrain.runs.away import RemoteRun
     from dtrain.training.averaging import PREFIX as AVERAGE
 
     plan = run.task_plan
     problems: list[str] = []
-    found = store.newest_valid(run.checkpoints, problems.append)
+    if isinstance(run, RemoteRun):
+        found = remote.newest_valid(run.storage, run.id, problems.append, run.checkpoints)
+    else:
+        found = store.newest_valid(run.checkpoints, problems.append)
     if found is None:
         reason = "; ".join(problems) or "none was written yet"
         raise StorageError(f"run {run.id} has no valid checkpoint to sample from ({reason})")

@@ -193,6 +193,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
     store.verify(run.checkpoints / "step-00001200")
     logs = away.dtrain("logs", run.id, "--rank", "0").stdout
     assert all(f"--- attempt {number}, from step" in logs for number in (1, 2, 3, 4))
+    assert len(away.dtrain("sample", run.id, "--length", "20", "--temperature", "0").stdout) > 5
     assert run.id in away.dtrain("stop", run.id).stdout
     _nothing_is_left(run)
 
