@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from dtrain import component, runs, storage
 from dtrain.component import Options
-from dtrain.errors import ClusterError, DtrainError, InputError, from_kind
+from dtrain.errors import ClusterError, DtrainError, InputError, Stopped, from_kind
 from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
 from dtrain.spec import document, load
 from dtrain.spec.cluster import ClusterSpec
@@ -249,6 +249,9 @@ def stop(run: runs.Run, who: str, timeout_s: float) -> runs.Record:
         record = run.record
     if record.state in ("stopped", "lost"):
         _end_on_cluster(run)  # no driver does: the cluster must not begin, or keep, what is left of it
+    if record.state == "lost" and hasattr(backend_of(run.plan), "look"):
+        run.end_dead(Stopped(f"stopped by {who} after its driver was lost"))  # else somebody would hand it over again
+        record = run.record
     deadline = time.monotonic() + timeout_s
     while not record.ended and time.monotonic() < deadline:
         time.sleep(max(POLL_S, run.poll_s))

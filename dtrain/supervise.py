@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain import api, runs
-from dtrain.errors import ClusterError, DtrainError, RetriesExhausted
+from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, Stopped
 
 if TYPE_CHECKING:
     from dtrain.backends import Sight
@@ -38,13 +38,14 @@ class Seen:
     """How often a driver of it was lost before."""
     allowed: int
     """How often one may be (`retry.driver`)."""
-    age_s: float
-    """Since it was submitted."""
+    silent_s: float
+    """Since it, or somebody for it, last noted something."""
+    is_asked_to_stop: bool = False
 
 
 @dataclass(frozen=True)
 class Verdict:
-    action: Literal["leave", "again", "end"]
+    action: Literal["leave", "again", "end", "stop"]
     why: str
 
 
@@ -52,10 +53,12 @@ def decide(seen: Seen) -> Verdict:
     """What to do about a run that says it is under way."""
     if not seen.has_driver:
         if seen.sight is not None and seen.sight.is_over and seen.losses:
+            if seen.silent_s < UNKNOWN_S:
+                return Verdict("leave", "somebody is handing it over")
             return _again(seen, "what the cluster has of it is from before")
         if seen.sight is not None and seen.sight.is_over:
             return Verdict("end", f"the cluster ended it before a driver began: {seen.sight.why or UNSAID}")
-        if seen.can_look and seen.sight is None and seen.age_s > UNKNOWN_S:
+        if seen.can_look and seen.sight is None and seen.silent_s > UNKNOWN_S:
             return _again(seen, "the cluster knows nothing of it")
         return Verdict("leave", "it waits for its cluster")
     if seen.sight is not None:
@@ -68,6 +71,8 @@ def decide(seen: Seen) -> Verdict:
 
 
 def _again(seen: Seen, why: str) -> Verdict:
+    if seen.is_asked_to_stop:
+        return Verdict("stop", f"{why}, and it was asked to stop")
     if seen.losses >= seen.allowed:
         return Verdict("end", f"retry.driver allows {seen.allowed}, all used; last: {why}")
     return Verdict("again", why)
@@ -99,24 +104,26 @@ def look_at(run: runs.Run, options: Any, say: Say) -> bool:
     record = run.stored_record()
     can_look = hasattr(backend, "look")
     sight = backend.look(run.id, options) if can_look else None
+    events = run.events()
     seen = Seen(
         has_driver=record.driver_pid is not None,
         is_owned=run.is_owned(),
         can_look=can_look,
         sight=sight,
-        losses=sum(event["event"] == "driver-lost" for event in run.events()),
+        losses=sum(event["event"] == "driver-lost" for event in events),
         allowed=plan.retry.driver,
-        age_s=time.time() - record.created_at,
+        silent_s=time.time() - (events[-1]["time"] if events else record.created_at),
+        is_asked_to_stop=run.stop_requested is not None,
     )
     verdict = decide(seen)
     if verdict.action == "leave":
         return False
-    if verdict.action == "end":
+    if verdict.action != "again":
         say(f"{run.id}: {verdict.why}; it ends here")
-        error = RetriesExhausted if seen.has_driver else ClusterError
+        error = Stopped if verdict.action == "stop" else RetriesExhausted if seen.has_driver else ClusterError
         run.end_dead(error(verdict.why))
         return False
-    if not run.put_back(verdict.why):
+    if not run.put_back(verdict.why, record):
         return False
     say(f"{run.id}: {verdict.why}; handing it over again")
     backend.send(backend.render(plan, run.path), options, say)

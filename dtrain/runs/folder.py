@@ -200,14 +200,15 @@ class Run:
         except StorageError:
             return False
 
-    def put_back(self, why: str) -> bool:
+    def put_back(self, why: str, seen: Record) -> bool:
         """Make a run under way, whose driver is known to be dead, ready for another one.
 
-        False when it has ended meanwhile. Raises `StorageError` when a driver has it all the same.
+        `seen` is the record that this was judged by: False when the run has ended since, or somebody else has put it
+        back. Raises `StorageError` when a driver has it all the same.
         """
         with self.owned(is_dead=True):
             record = self.stored_record()
-            if record.ended:
+            if record.ended or (record.submissions, record.driver_pid) != (seen.submissions, seen.driver_pid):
                 return False
             attempts = list(record.attempts)
             if attempts and attempts[-1].ended_at is None:
@@ -227,7 +228,7 @@ class Run:
         """End a run under way whose driver is known to be dead. Raises `StorageError` when one has it all the same."""
         with self.owned(is_dead=True):
             if not self.stored_record().ended:
-                self._end("failed", error.message, error)
+                self._end("stopped" if isinstance(error, Stopped) else "failed", error.message, error)
 
     def _end(self, state: State, cause: str, error: DtrainError) -> None:
         self.update(

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -100,7 +101,10 @@ class Carrier:
 
     def _keep(self) -> None:
         while not self._ends and self.lost is None:
-            self._once()
+            try:
+                self._once()
+            except Exception:  # a fault of ours must not keep a stop, or the record, from getting through later
+                traceback.print_exc()
             self._wake.wait(PERIOD_S)
             self._wake.clear()
 

@@ -97,7 +97,7 @@ def test_two_nodes_write_and_read_the_parts_of_one_checkpoint(two_nodes: Away) -
     """Sharded over nodes that see nothing of each other's folders; then one loses its agent, and with it its half."""
     away = two_nodes
     words = ["cluster.nodes=2", "cluster.workers_per_node=1", "strategy.name=fsdp", "train.steps=3000"]
-    words += ["checkpoint.every_steps=40", "evaluate.every_steps=3000"]
+    words += ["checkpoint.every_steps=40", "evaluate.every_steps=3000", "retry.hang_timeout_s=60"]
     name = away.dtrain("submit", str(HERE / "job.yaml"), "-d", *(f"--set={word}" for word in words)).stdout.strip()
     run = runs.find(away.place, name)
     assert isinstance(run, RemoteRun)
@@ -137,7 +137,7 @@ def _files_of(pid: int) -> str:
 
 @pytest.mark.timeout(900)
 def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: Away) -> None:
-    settings = ["cluster.workers_per_node=2"]
+    settings = ["cluster.workers_per_node=2", "retry.hang_timeout_s=60"]
     settings += ["train.steps=1200", "checkpoint.every_steps=50", "evaluate.every_steps=600"]
     name = away.dtrain("submit", str(HERE / "job.yaml"), "-d", *(f"--set={word}" for word in settings)).stdout.strip()
     run = runs.find(away.place, name)
@@ -169,7 +169,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
     # Its driver only slept, and was believed dead.
     assert again.driver_pid is not None
     os.kill(again.driver_pid, signal.SIGSTOP)
-    assert RemoteRun(run.storage, run.id).put_back("it was believed dead")
+    assert RemoteRun(run.storage, run.id).put_back("it was believed dead", again)
     os.kill(again.driver_pid, signal.SIGCONT)
     deadline = time.monotonic() + 60
     while not (sight := ray_jobs.look(run.id, away.options)) or not sight.is_over:

@@ -200,6 +200,14 @@ def test_a_run_that_no_driver_took_is_ended_on_its_cluster_too(dashboard: Dashbo
     assert not any("/stop" in what for what in dashboard.asked[asked:])
 
 
+def test_a_lost_run_that_is_stopped_stays_so(dashboard: Dashboard, tmp_path: Path) -> None:
+    run = a_run(dashboard, tmp_path)
+    run.update(state="running", driver_pid=1)
+    assert run.record.state == "lost"
+    assert api.stop(run, "me", 5.0).state == "stopped"
+    assert dashboard.jobs[run.id]["status"] == "STOPPED"
+
+
 def test_what_is_left_of_an_ended_run_is_over_before_it_resumes(dashboard: Dashboard, tmp_path: Path) -> None:
     run = a_run(dashboard, tmp_path)
     run.update(state="failed", exit_code=3)

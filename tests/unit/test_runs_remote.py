@@ -309,7 +309,7 @@ def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_noth
     run = a_run(place, state="running", driver_pid=1, attempts=(attempt,), latest={"step": 7})
     driver = Lease(run.storage, run.id, "the dead driver")
     driver.acquire(renews=False)
-    assert everybody(run).put_back("its node was lost")
+    assert everybody(run).put_back("its node was lost", run.stored_record())
     record = run.record
     assert (record.state, record.driver_pid, record.submissions) == ("queued", None, 2)
     assert (record.attempts[0].cause, record.attempts[0].last_step) == ("its node was lost", 7)
@@ -319,4 +319,4 @@ def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_noth
     assert run.record.state == "queued"
     everybody(run).end_dead(RetriesExhausted("that was the last one"))
     assert (run.record.state, run.record.exit_code) == ("failed", 4)
-    assert not everybody(run).put_back("again"), "it has ended"
+    assert not everybody(run).put_back("again", run.stored_record()), "it has ended"

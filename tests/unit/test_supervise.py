@@ -12,8 +12,8 @@ from dtrain.supervise import Seen, decide
 
 AT_IT = Sight(phase="running")
 OVER = Sight(phase="ended", why="exit code 137", is_over=True, succeeded=False)
-UNTAKEN = Seen(has_driver=False, is_owned=False, can_look=True, sight=None, losses=0, allowed=5, age_s=10.0)
-DRIVEN = Seen(has_driver=True, is_owned=True, can_look=True, sight=AT_IT, losses=0, allowed=5, age_s=1000.0)
+UNTAKEN = Seen(has_driver=False, is_owned=False, can_look=True, sight=None, losses=0, allowed=5, silent_s=10.0)
+DRIVEN = Seen(has_driver=True, is_owned=True, can_look=True, sight=AT_IT, losses=0, allowed=5, silent_s=1000.0)
 
 
 def seen(of: Seen, **changes) -> Seen:
@@ -26,10 +26,12 @@ def seen(of: Seen, **changes) -> Seen:
         (UNTAKEN, "leave", "waits for its cluster"),
         (seen(UNTAKEN, sight=Sight(phase="queued", why="no node fits")), "leave", "waits"),
         (seen(UNTAKEN, sight=OVER), "end", "before a driver began: exit code 137"),
-        (seen(UNTAKEN, sight=OVER, losses=1), "again", "from before"),  # who handed it over died doing so
-        (seen(UNTAKEN, age_s=1000.0), "again", "knows nothing of it"),
-        (seen(UNTAKEN, age_s=1000.0, losses=5), "end", "retry.driver allows 5, all used"),
-        (seen(UNTAKEN, age_s=1000.0, can_look=False), "leave", "waits"),
+        (seen(UNTAKEN, sight=OVER, losses=1), "leave", "somebody is handing it over"),
+        (seen(UNTAKEN, sight=OVER, losses=1, silent_s=1000.0), "again", "from before"),  # who did so has died
+        (seen(DRIVEN, sight=OVER, is_asked_to_stop=True), "stop", "asked to stop"),
+        (seen(UNTAKEN, silent_s=1000.0), "again", "knows nothing of it"),
+        (seen(UNTAKEN, silent_s=1000.0, losses=5), "end", "retry.driver allows 5, all used"),
+        (seen(UNTAKEN, silent_s=1000.0, can_look=False), "leave", "waits"),
         (DRIVEN, "leave", "the cluster is at it"),
         (seen(DRIVEN, is_owned=False), "leave", "the cluster is at it"),  # its head comes back and takes over by itself
         (seen(DRIVEN, sight=OVER), "again", "exit code 137"),  # no lease is waited for
@@ -71,6 +73,21 @@ def test_a_run_whose_driver_died_is_handed_over_again_as_often_as_it_may(tmp_pat
     assert all(run.id in line for line in said)
     assert supervise.look_over(str(tmp_path), None, said.append) == 0
     assert untouched.record.submissions == 1
+
+
+def test_two_who_saw_the_same_hand_it_over_once(tmp_path):
+    run = a_run(tmp_path, state="running", driver_pid=1)
+    judged_by = run.stored_record()
+    assert runs.Run(run.path).put_back("its driver is gone", judged_by)
+    assert not run.put_back("its driver is gone", judged_by)
+    assert run.record.submissions == 2
+
+
+def test_a_lost_run_that_was_asked_to_stop_is_stopped(tmp_path):
+    run = a_run(tmp_path, state="running", driver_pid=1)
+    run.request_stop("me")
+    supervise.look_over(str(tmp_path), None, print)
+    assert (run.record.state, run.record.exit_code) == ("stopped", 130)
 
 
 def test_a_driver_that_lives_is_left_alone(tmp_path):
