@@ -463,9 +463,10 @@ def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: fl
     where = _where(storage, cluster)
     place = _place(cluster, ())[0] if cluster is not None else None
     _say(f"looking over the runs in {where}")
+    watcher = watching.Watcher(where, place, _say)
     while True:
         try:
-            watching.look_over(where, place, _say)
+            watcher.look()
         except StorageError as error:
             if once:
                 raise

@@ -5,7 +5,7 @@ Both may be wrong, which the lease's token makes harmless.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 UNKNOWN_S = 120.0
 """For so long a submit may be under way before its cluster knows of the run."""
+FULL_S = 300.0
+"""Time between two looks at runs that have ended: somebody may have resumed one."""
 UNSAID = "it does not say why"
 
 Say = Callable[[str], None]
@@ -39,7 +41,7 @@ class Seen:
     allowed: int
     """How often one may be (`retry.driver`)."""
     silent_s: float
-    """Since it, or somebody for it, last noted something."""
+    """Since it was submitted, or somebody began to hand it over again."""
     is_asked_to_stop: bool = False
 
 
@@ -78,18 +80,37 @@ def _again(seen: Seen, why: str) -> Verdict:
     return Verdict("again", why)
 
 
-def look_over(place: str, cluster: "ClusterSpec | None", say: Say) -> int:
-    """Look at every run of a storage once; says what it does, and returns how many runs are under way."""
-    under_way = 0
-    for run in _open(place):
+class Watcher:
+    """Looks over the runs of a storage, again and again; those that have ended are looked at now and then only."""
+
+    def __init__(self, place: str, cluster: "ClusterSpec | None", say: Say) -> None:
+        self._place, self._cluster, self._say = place, cluster, say
+        self._ended: set[str] = set()
+        self._next_full = 0.0
+
+    def look(self) -> int:
+        """Look once; says what it does, and returns how many runs are under way."""
+        if time.monotonic() >= self._next_full:
+            self._ended, self._next_full = set(), time.monotonic() + FULL_S
+        under_way = 0
+        for run in runs.list_runs(self._place, but=self._ended):
+            if self._has_ended(run):
+                self._ended.add(run.id)
+                continue
+            try:
+                plan = run.plan
+                if self._cluster is None or _place(plan.backend) == _place(self._cluster.backend):
+                    under_way += 1
+                    look_at(run, plan.backend if self._cluster is None else self._cluster.backend, self._say)
+            except DtrainError as error:  # one run's trouble is not the others'
+                self._say(f"{run.id}: {error.message}")
+        return under_way
+
+    def _has_ended(self, run: runs.Run) -> bool:
         try:
-            plan = run.plan
-            if cluster is None or _place(plan.backend) == _place(cluster.backend):
-                under_way += 1
-                look_at(run, cluster.backend if cluster is not None else plan.backend, say)
-        except DtrainError as error:  # one run's trouble is not the others'
-            say(f"{run.id}: {error.message}")
-    return under_way
+            return run.stored_record().ended
+        except DtrainError:
+            return True  # an unreadable record is `ps`'s to show
 
 
 def _place(backend: Any) -> tuple[str, str | None]:
@@ -112,7 +133,7 @@ def look_at(run: runs.Run, options: Any, say: Say) -> bool:
         sight=sight,
         losses=sum(event["event"] == "driver-lost" for event in events),
         allowed=plan.retry.driver,
-        silent_s=time.time() - (events[-1]["time"] if events else record.created_at),
+        silent_s=time.time() - (events[-1]["time"] if record.submissions > 1 and events else record.created_at),
         is_asked_to_stop=run.stop_requested is not None,
     )
     verdict = decide(seen)
@@ -137,12 +158,3 @@ def revive(run: runs.Run, say: Say) -> bool:
     """
     plan = run.plan
     return hasattr(api.backend_of(plan), "look") and look_at(run, plan.backend, say)
-
-
-def _open(place: str) -> Iterator[runs.Run]:
-    for run in runs.list_runs(place):
-        try:
-            if not run.stored_record().ended:
-                yield run
-        except DtrainError:
-            continue  # an unreadable record is `ps`'s to show

@@ -3,6 +3,7 @@
 import secrets
 import shutil
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from dtrain.component import suggestion
@@ -83,23 +84,26 @@ def opened(place: str | Path, run_id: str) -> Run:
     return RemoteRun(at(str(place)), run_id)
 
 
-def list_runs(place: str | Path) -> list[Run]:
-    """All runs under a folder or URI, the oldest first; those whose record cannot be read before all others."""
+def list_runs(place: str | Path, but: Collection[str] = ()) -> list[Run]:
+    """All runs under a folder or URI, the oldest first; those whose record cannot be read before all others.
+
+    Those named in `but` are not even looked at.
+    """
     if is_remote(str(place)):
-        return _listed(at(str(place)))
+        return _listed(at(str(place)), but)
     folder = Path(place)
     if not folder.is_dir():
         return []
-    found = [Run(p) for p in folder.absolute().iterdir() if (p / "run.json").is_file()]
+    found = [Run(p) for p in folder.absolute().iterdir() if p.name not in but and (p / "run.json").is_file()]
     return sorted(found, key=lambda run: (_created_at(run), run.id))
 
 
-def _listed(storage: Storage) -> list[Run]:
+def _listed(storage: Storage, but: Collection[str]) -> list[Run]:
     """One listing, and a look at every record, many at a time."""
     from dtrain.runs.away import RemoteRun, in_parallel
     from dtrain.storage import NotThere
 
-    found = [RemoteRun(storage, name) for name in storage.folders()]
+    found = [RemoteRun(storage, name) for name in storage.folders() if name not in but]
     looks = in_parallel(RemoteRun.look, found)
     runs = [(run, look) for run, look in zip(found, looks, strict=True) if not isinstance(look, NotThere)]
     order = {run.id: look.created_at if isinstance(look, Record) else float("-inf") for run, look in runs}

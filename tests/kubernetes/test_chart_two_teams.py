@@ -34,7 +34,8 @@ def test_a_supervisor_leaves_the_runs_of_another_team_alone(tmp_path: Path) -> N
         for run in made.values():  # nothing in the cluster knows of them, though they were submitted long ago
             run.update(created_at=time.time() - LONG_AGO_S)
         said: list[str] = []
-        assert supervise.look_over(str(tmp_path / "shared" / "runs"), clusters["team-a"], said.append) == 1
+        place = str(tmp_path / "shared" / "runs")
+        assert supervise.Watcher(place, clusters["team-a"], said.append).look() == 1
         assert len(api.list("RayJob", "team-a")) == 1 and api.list("RayJob", "team-b") == []
     assert made["team-b"].record.submissions == 1, "it may wait in its own queue"
     assert not [line for line in said if made["team-b"].id in line]

@@ -61,18 +61,30 @@ def test_a_run_whose_driver_died_is_handed_over_again_as_often_as_it_may(tmp_pat
     said: list[str] = []
     allowed = run.plan.retry.driver
     for number in range(allowed):
-        assert supervise.look_over(str(tmp_path), None, said.append) == 1
+        assert supervise.Watcher(str(tmp_path), None, said.append).look() == 1
         record = run.record
         assert (record.state, record.submissions, len(sent)) == ("queued", number + 2, number + 1)
-        supervise.look_over(str(tmp_path), None, said.append)
+        supervise.Watcher(str(tmp_path), None, said.append).look()
         assert len(sent) == number + 1, "it waits for its cluster now"
         run.update(state="running", driver_pid=dead)
-    assert supervise.look_over(str(tmp_path), None, said.append) == 1
+    assert supervise.Watcher(str(tmp_path), None, said.append).look() == 1
     assert (run.record.state, run.record.error_kind, run.record.exit_code) == ("failed", "retries-exhausted", 4)
     assert len(sent) == allowed
     assert all(run.id in line for line in said)
-    assert supervise.look_over(str(tmp_path), None, said.append) == 0
+    assert supervise.Watcher(str(tmp_path), None, said.append).look() == 0
     assert untouched.record.submissions == 1
+
+
+def test_a_run_that_has_ended_is_not_looked_at_again_soon(tmp_path):
+    ended = a_run(tmp_path, state="succeeded", exit_code=0)
+    said: list[str] = []
+    watcher = supervise.Watcher(str(tmp_path), None, said.append)
+    assert watcher.look() == 0
+    (ended.path / "run.json").write_text("{")
+    assert watcher.look() == 0
+    assert said == []
+    a_run(tmp_path, state="running", driver_pid=os.getpid()).acquire()
+    assert watcher.look() == 1, "a new one is seen"
 
 
 def test_two_who_saw_the_same_hand_it_over_once(tmp_path):
@@ -86,7 +98,7 @@ def test_two_who_saw_the_same_hand_it_over_once(tmp_path):
 def test_a_lost_run_that_was_asked_to_stop_is_stopped(tmp_path):
     run = a_run(tmp_path, state="running", driver_pid=1)
     run.request_stop("me")
-    supervise.look_over(str(tmp_path), None, print)
+    supervise.Watcher(str(tmp_path), None, print).look()
     assert (run.record.state, run.record.exit_code) == ("stopped", 130)
 
 
@@ -94,7 +106,7 @@ def test_a_driver_that_lives_is_left_alone(tmp_path):
     run = a_run(tmp_path, state="running", driver_pid=os.getpid())
     driver = runs.Run(run.path)
     driver.acquire()
-    supervise.look_over(str(tmp_path), None, print)
+    supervise.Watcher(str(tmp_path), None, print).look()
     assert run.record.state == "running"
     driver.release()
 
@@ -105,7 +117,7 @@ def test_trouble_with_one_run_keeps_no_other_from_being_looked_at(tmp_path, monk
     sent = []
     monkeypatch.setattr(api.backend_of(good.plan), "send", lambda submission, options, say: sent.append(submission))
     said: list[str] = []
-    supervise.look_over(str(tmp_path), None, said.append)
+    supervise.Watcher(str(tmp_path), None, said.append).look()
     assert [submission.run_path for submission in sent] == [str(good.path)]
     assert any(bad.id in line and "plan.json" in line for line in said)
 
