@@ -6,6 +6,8 @@ AZURE_STORAGE_ACCOUNT_NAME or AZURE_STORAGE_CONNECTION_STRING says whose it is.
 
 import asyncio
 import io
+import logging
+import os
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
@@ -43,7 +45,13 @@ class Abfs:
     def __init__(self, bucket: str) -> None:
         import adlfs  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
+        logging.getLogger("azure.identity").setLevel(logging.ERROR)  # it tells each way in that is not set up
         container, _, host = bucket.partition("@")
+        if not host and not {"AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_CONNECTION_STRING"} & set(os.environ):
+            raise ValueError(
+                f"whose container is it? Write abfs://{container}@ACCOUNT.dfs.core.windows.net,"
+                " or set AZURE_STORAGE_ACCOUNT_NAME"
+            )
         account = {"account_name": host.split(".")[0]} if host else {}
         self.files = adlfs.AzureBlobFileSystem(skip_instance_cache=True, use_listings_cache=False, **account)
         self._container = self.files.service_client.get_container_client(container)

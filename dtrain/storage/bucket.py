@@ -197,11 +197,7 @@ class Bucket:
                 if len(data) < min(part, size - start):
                     raise StorageError(f"{self._uri}/{name}: the file became shorter while it was uploaded")
                 number = start // part + 1
-                try:
-                    return self._ask("written", name, lambda store, key: store.put_part(key, upload, number, data))
-                except BaseException:
-                    failed.set()
-                    raise
+                return self._ask("written", name, lambda store, key: store.put_part(key, upload, number, data))
 
         def finish(store: Store, key: str) -> None:
             try:
@@ -213,7 +209,11 @@ class Bucket:
 
         try:
             with ThreadPoolExecutor(stores.NUM_PARALLEL, "dtrain-upload") as pool:
-                receipts = list(pool.map(put, starts))
+                try:
+                    receipts = list(pool.map(put, starts))
+                except BaseException:  # Ctrl-C too: what has not begun need not
+                    failed.set()
+                    raise
             self._ask("written", name, finish)
         except BaseException:
             with contextlib.suppress(Exception):  # what went wrong before is what is said
@@ -264,8 +264,12 @@ class Bucket:
 
     def _ask(self, verb: Verb, name: str, request: Callable[[Store, str], T]) -> T:
         """What a request answers, tried again while that may help; all it may raise instead is an error of ours."""
-        if not (verb == "listed" and not name) and verb != "deleted":
+        if verb == "listed":
+            assert not name or name.endswith("/"), name
+        if name:
             check_name(self._uri, name.removesuffix("/") if verb == "listed" else name)
+        elif verb in ("read", "written"):
+            check_name(self._uri, name)
         connection, key = self._here(), self._key(name)
         where = f"{self._uri}/{name}" if name else self._uri
 
@@ -303,8 +307,10 @@ class Bucket:
 
     def _said(self, answer: Answer, verb: Verb, where: str) -> StorageError:
         store = self._here().store
-        if answer.kind == "gone":
+        if answer.kind == "gone" and verb == "read":
             return NotThere(f"{where} does not exist")
+        if answer.kind == "gone":  # some do not say that it is the bucket
+            answer = Answer("no bucket", answer.text)
         if answer.kind == "denied":
             permission = store.permissions[verb]
             reason = f"bucket {self._bucket} refuses ({answer.text}); these credentials need {permission} there"

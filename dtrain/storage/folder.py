@@ -151,6 +151,7 @@ class Folder:
         return self._root / check_name(self.uri, name)
 
     def _folder(self, prefix: str) -> Path:
+        assert not prefix or prefix.endswith("/"), prefix
         return self._path(prefix[:-1]) if prefix else self._root
 
     def _walk(self, folder: Path) -> Iterator[Entry]:
