@@ -328,11 +328,11 @@ def figure_lines(progress: Progress, record: runs.Record, now: float, width: int
 
 
 def training_figures(line: dict[str, Any]) -> list[tuple[str, str]]:
-    """The figures of a line of training metrics as (label, value); those it lacks are left out."""
+    """The figures of a line of training metrics as (label, value); those it lacks are left out, as are no tokens."""
     found = []
     for key, label, format_value in _FIGURES:
         value = line.get(key)
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and (value or key != "tokens_per_s"):
             found.append((label, format_value(value)))
     return found + [(_label(key), words.measure(line[key])) for key in others(line)]
 

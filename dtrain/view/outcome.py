@@ -137,7 +137,9 @@ def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     commands, name = [], words.called(run.where)
     is_script = not record.num_steps
     if record.state == "succeeded":
-        if not is_script:
+        if record.outcome.get("pictures"):
+            commands += [(f"dtrain sample {name}", "more of what it draws")]
+        elif record.outcome.get("sample"):
             commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
         if not is_script or record.outcome.get("steps"):
             commands += [(f"tensorboard --logdir {words.place(run.where)}/tensorboard", "its curves")]

@@ -456,6 +456,20 @@ def test_the_outcome_is_compared_honestly(tmp_path):
     assert f'dtrain sample {run.path} --prompt "def "' in text
 
 
+def test_a_sample_is_offered_of_what_makes_one(tmp_path):
+    metrics = {"accuracy": 0.99}
+    drawn = a_finished_run(tmp_path, outcome={"metrics": metrics, "sample": None, "pictures": "step-00000100.png"})
+    told = a_finished_run(tmp_path, outcome={"metrics": metrics, "sample": None})
+    assert f"dtrain sample {drawn.path}  " in shown(outcome.show(drawn, drawn.record), soft_wrap=True)
+    assert "dtrain sample" not in shown(outcome.show(told, told.record), soft_wrap=True)
+
+
+def test_pictures_have_no_tokens():
+    line = {"step": 1, "loss": 0.5, "tokens_per_s": 0.0}
+    assert follow.training_figures(line) == [("loss", "0.5000")]
+    assert ("tokens/s", "12") in follow.training_figures({**line, "tokens_per_s": 12})
+
+
 def test_higher_is_better_for_accuracy():
     text = shown(
         outcome.comparison({"metrics": {"accuracy": 0.9}, "yardsticks": {"accuracy": {"majority": 0.6}}})[1], 100
