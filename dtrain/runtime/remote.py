@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from dtrain import handshake, storage
 from dtrain.errors import ClusterError, DtrainError, StorageError
-from dtrain.runs import Run
+from dtrain.runs import Run, opened
 from dtrain.runtime import driver
 from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.joining import join
@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _drive(away.run, asked.address, away)
     except DtrainError as error:
         print(error.message, file=sys.stderr)
+        with contextlib.suppress(DtrainError):  # a run that a driver had before may yet go on elsewhere
+            opened(asked.storage, asked.run).end_undriven("failed", error.message, error)
         return error.exit_code
 
 

@@ -11,7 +11,7 @@ import pytest
 from making import TWO_CORES, a_cluster, a_job
 from s3_server import served
 
-from dtrain import api, runs
+from dtrain import api, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
 from dtrain.plan import make_plan
 from dtrain.runs.away import RemoteRun
@@ -278,6 +278,26 @@ def test_commands_take_the_storage_from_a_cluster_file_or_a_uri(place, tmp_path)
     assert f"{place}/{run.id}" in dtrain("status", "--storage", place)
     assert json.loads(dtrain("status", "--json", f"{place}/{run.id}"))["cause"] == "a reason"
     assert list(tmp_path.iterdir()) == [cluster], "no copies are left where the command is given"
+
+
+# -- what a driver says that cannot begin ----------------------------------------------------------------------------
+
+
+def test_a_driver_that_does_not_fit_its_client_says_so_in_the_run(place):
+    run = a_run(place)
+    handshake.record(run.storage, run.id)
+    versions = json.loads(run.storage.read(f"{run.id}/versions.json")[0])
+    run.storage.write(f"{run.id}/versions.json", json.dumps({**versions, "python": "3.1.4"}).encode())
+    command = [sys.executable, "-m", "dtrain.runtime.remote", "--storage", place, "--run", run.id]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+    record = run.record
+    assert (done.returncode, record.state, record.exit_code) == (5, "failed", 5)
+    assert "3.1" in record.cause
+    assert record.cause in done.stderr
+    absent = subprocess.run([*command[:-1], "tiny-none"], capture_output=True, text=True, timeout=100)
+    assert absent.returncode == 6
+    assert "nothing was submitted under this name" in absent.stderr
+    assert [run.id for run in runs.list_runs(place)] == [run.id]
 
 
 # -- between drivers ---------------------------------------------------------------------------------------------
