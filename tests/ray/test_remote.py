@@ -171,7 +171,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
     os.kill(again.driver_pid, signal.SIGSTOP)
     assert RemoteRun(run.storage, run.id).put_back("it was believed dead", again)
     os.kill(again.driver_pid, signal.SIGCONT)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while not (sight := ray_jobs.look(run.id, away.options)) or not sight.is_over:
         assert time.monotonic() < deadline, away.story(run)
         time.sleep(0.2)
@@ -180,7 +180,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
     assert (untaken.state, untaken.driver_pid, untaken.submissions) == ("queued", None, 3)
 
     # It goes on, and is followed to its end.
-    _handed_over(away, run)
+    ray_jobs.send(ray_jobs.render(run.plan, Path(run.id)), away.options, print)
     followed = away.dtrain("status", run.id, "-f")
     record = run.stored_record()
     assert record.state == "succeeded", away.story(run)
@@ -200,7 +200,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
 
 def _handed_over(away: Away, run: Run) -> None:
     """The cluster takes a moment to see that a driver is gone."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE_S
     while f"{run.id}: " not in (said := away.dtrain("supervise", "--once").stderr):
         assert time.monotonic() < deadline, said
     assert "again" in said
