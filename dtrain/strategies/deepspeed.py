@@ -138,7 +138,7 @@ def divide(
         trained = [(n, p, task.learning_rate_share(phase, n)) for n, p in trained_parameters(task, phase)]
         optimizer = make_optimizer(trained)
         group_of = {id(p): number for number, group in enumerate(optimizer.param_groups) for p in group["params"]}
-        with _loaded(device), _sendable(root):
+        with _loaded(device), _sendable(root, device):
             engine = wrap(root, optimizer, settings)
         held[phase.name] = zero_state.runs(engine.optimizer)
         zero_state.initialise(optimizer, held[phase.name], group_of)
@@ -241,7 +241,7 @@ def _loaded(device: "torch.device") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sendable(root: "nn.Module") -> Iterator[None]:
+def _sendable(root: "nn.Module", device: "torch.device") -> Iterator[None]:
     """In here DeepSpeed can send the first worker's parameters to all, whatever their shape and memory format."""
     import torch.distributed as dist
 
@@ -249,7 +249,9 @@ def _sendable(root: "nn.Module") -> Iterator[None]:
     for parameter in root.parameters():
         parameter.data = parameter.data.contiguous()  # ZeRO would make it so anyway
         if parameter.ndim == 0:
-            dist.broadcast(parameter.detach(), src=0)
+            sent = parameter.detach().to(device)  # NCCL takes nothing that lies elsewhere
+            dist.broadcast(sent, src=0)
+            parameter.data.copy_(sent)
             parameter.ds_optim_param = True  # marks what it does not send
             scalars.append(parameter)
     yield

@@ -132,7 +132,10 @@ class ShardedEngine:
         for parameter in self._idle:
             parameter.grad = None
         for shard in self._shared:
-            dist.all_reduce(shard.local.grad, group=self._tensor_group)
+            gradient: torch.Tensor = shard.local.grad  # type: ignore[assignment]
+            summed = gradient.to(self._device)  # offloaded ones lie where NCCL cannot reach them
+            dist.all_reduce(summed, group=self._tensor_group)
+            gradient.copy_(summed)
         norm = update(self.optimizer, self._locals, learning_rate, self._max_norm, self._norm_of, self.scale)
         return norm.to(self._device)
 
