@@ -12,7 +12,7 @@ from dtrain.machine import probe
 
 JOB = Path(__file__).resolve().parents[1] / "ray" / "job.yaml"
 
-pytestmark = pytest.mark.skipif(not probe().gpus, reason="this machine has no NVIDIA GPU")
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not probe().gpus, reason="this machine has no NVIDIA GPU")]
 
 
 def submit(root: Path, *settings: str) -> runs.Run:
