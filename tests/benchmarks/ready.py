@@ -3,6 +3,8 @@
 They train dtrain's own networks, in the same precision and compiled alike, in dtrain's order of samples.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -96,6 +98,16 @@ class Ready(byhand.Plain):
         self.optimizer.zero_grad(set_to_none=True)
 
 
+@contextlib.contextmanager
+def trying_all_algorithms() -> Iterator[None]:
+    """In here cuDNN tries all its algorithms for each convolution once, and takes the quickest."""
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
 class Pictures(Ready):
     """Tells pictures apart, its weights held as convolutions want them; tries all algorithms of each convolution."""
 
@@ -110,7 +122,7 @@ class Pictures(Ready):
         self.optimizer = torch.optim.SGD(groups, lr=o.lr, momentum=o.momentum, nesterov=o.nesterov, fused=True)
 
     def run(self, num_steps: int) -> None:
-        with torch.backends.cudnn.flags(benchmark=True, deterministic=False, allow_tf32=True):
+        with trying_all_algorithms():
             super().run(num_steps)
 
     def loss(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -132,7 +144,7 @@ class Adversaries(Ready):
         return [self.of_discriminator, self.of_generator]
 
     def run(self, num_steps: int) -> None:
-        with torch.backends.cudnn.flags(benchmark=True, deterministic=False, allow_tf32=True):
+        with trying_all_algorithms():
             super().run(num_steps)
 
     def step(self, batches: list[dict[str, torch.Tensor]]) -> None:
