@@ -80,11 +80,13 @@ def test_a_run_that_has_ended_is_not_looked_at_again_soon(tmp_path):
     said: list[str] = []
     watcher = supervise.Watcher(str(tmp_path), None, said.append)
     assert watcher.look() == 0
-    (ended.path / "run.json").write_text("{")
-    assert watcher.look() == 0
-    assert said == []
+    ended.update(state="running", driver_pid=os.getpid())
+    ended.acquire()
+    assert watcher.look() == 0, "that it runs again is seen later"
+    assert supervise.Watcher(str(tmp_path), None, said.append).look() == 1
     a_run(tmp_path, state="running", driver_pid=os.getpid()).acquire()
     assert watcher.look() == 1, "a new one is seen"
+    assert said == []
 
 
 def test_two_who_saw_the_same_hand_it_over_once(tmp_path):
