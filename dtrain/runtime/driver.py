@@ -40,6 +40,8 @@ from dtrain.runtime.zygote import Zygote
 LEASE_WAIT_S = 10.0
 POLL_S = 0.1
 HEAD_CHECK_S = 1.0
+HEAD_SILENT_S = 20.0
+"""For so long a head on another machine may refuse connections."""
 LEAVING_S = 3.0
 """How long a node that said so takes to be gone: one would be given its place again."""
 
@@ -112,6 +114,7 @@ class Driver:
         self._is_stop_sent = False
         self._cluster_lost: str | None = None
         self._next_check = 0.0
+        self._head_seen = time.monotonic()
         self._new: list[Connection] = []
         self._lease = -1
         self._reservation: Reservation | None = None
@@ -390,8 +393,15 @@ class Driver:
             self._away.leave_if_lost()
         if self._stop is None and (who := self._run.stop_requested) is not None:
             self._stop = who
-        if self._cluster_lost is None and not self._head_is_there():
+        if self._cluster_lost is None and self._is_head_gone(now):
             self._lose_cluster(f"the Ray head at {self._arguments.address} is gone")
+
+    def _is_head_gone(self, now: float) -> bool:
+        """Known at once of a process of this machine; elsewhere a connection may fail for other reasons."""
+        if self._head_is_there():
+            self._head_seen = now
+            return False
+        return not self._arguments.placed or now - self._head_seen > HEAD_SILENT_S
 
     def _lose_cluster(self, why: str) -> None:
         self._cluster_lost = why
