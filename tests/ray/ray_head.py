@@ -12,6 +12,7 @@ from ray.cluster_utils import Cluster
 
 def main(folder: str, num_nodes: int, num_cpus: int) -> None:
     settings = {"num_cpus": 0, "include_dashboard": True, "dashboard_port": 0, "temp_dir": folder}
+    settings["dashboard_agent_listen_port"] = 0  # else 52365, which one Ray of a machine can have
     cluster = Cluster(initialize_head=True, head_node_args=settings)
     for _ in range(num_nodes):
         cluster.add_node(num_cpus=num_cpus)
