@@ -17,6 +17,7 @@ from dtrain.runtime.zygote import Child, Zygote
 
 GOING_CHECK_S = 1.0
 GOING_PATIENCE = 60
+START_TIMEOUT_S = 600
 
 
 class AgentHost(Protocol):
@@ -68,6 +69,8 @@ class PlacedHost:
         self._thread.start()
 
     def _fit(self, args: dict[str, Any], plan: AnyPlan) -> None:
+        # A node that was just added reads its image for the first time, and a lost one has to be replaced.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_S))
         from ray.train import FailureConfig, RunConfig, ScalingConfig
 
         # Not TorchTrainer: it would import torch and make a process group in the host, where neither is wanted.
