@@ -86,6 +86,8 @@ def _torch(
     task: "Task", plan: "Plan", options: Options, device: "torch.device", make_optimizer: "MakeOptimizer"
 ) -> "Prepared":
     """DDP and FSDP2."""
+    import torch
+
     from dtrain.strategies import Prepared
     from dtrain.strategies.accelerate_engine import AccelerateEngine, reshard, sharded_state
     from dtrain.strategies.engine import restructure, trained_parameters, training_state
@@ -110,6 +112,9 @@ def _torch(
             optimizer = make_optimizer(
                 (n, p, task.learning_rate_share(phase, n)) for n, p in trained_parameters(task, phase)
             )
+            if is_sharded and isinstance(optimizer, torch.optim.SGD):
+                for group in optimizer.param_groups:
+                    group["fused"] = False  # which torch's DTensor, that Accelerate leaves to it, does not know of SGD
             wrapped[phase.name] = (root, *accelerator.prepare(root, optimizer))
     parts = dict(task.parts)
     for root, model, _ in wrapped.values():

@@ -21,7 +21,7 @@ def ranks():
 
 
 def cell_of(name, engine, **options):
-    words = {key: options.pop(key) for key in ("train", "steps", "num_workers") if key in options}
+    words = {key: options.pop(key) for key in ("train", "steps", "num_workers", "optimizer") if key in options}
     return Cell(strategy={"name": "accelerate", "engine": engine, **options}, task=MADE[name], **words)
 
 
@@ -36,6 +36,7 @@ def cell_of(name, engine, **options):
         ("Pictures", "deepspeed", {"stage": 3}),
         ("Pictures", "ddp", {"num_workers": 1}),
         ("Pictures", "fsdp", {"num_workers": 1}),
+        ("Transformer", "fsdp", {"optimizer": {"name": "sgd", "lr": 0.1, "momentum": 0.9}}),
     ],
 )
 def test_accelerate_equals_one_process(name, engine, options, ranks):
