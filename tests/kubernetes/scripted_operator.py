@@ -44,7 +44,7 @@ QUICK = {
     "RAY_worker_niceness": "0",  # a machine of its own would not keep the ranks waiting
     # Nodes leave a head that is lost after a minute. Until then one on the same machine, unlike one in a pod, would
     # find them and think that it runs already.
-    "RAY_gcs_rpc_server_reconnect_timeout_s": "3",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "6",
 }
 
 
@@ -283,8 +283,9 @@ class ScriptedOperator:
         if cluster["spec"].get("authOptions", {}).get("mode") == "token":
             token = {"secretKeyRef": {"name": name, "key": "auth_token"}}
             environment += [{"name": "RAY_AUTH_MODE", "value": "token"}, {"name": "RAY_AUTH_TOKEN", "valueFrom": token}]
-        gcs = f"/dev/tcp/{HEAD}/{head['gcs']}"
-        wait = f"until (exec 3<>{gcs}) 2>/dev/null; do sleep 0.2; done; " if kind == "worker" else ""
+        # KubeRay has workers wait for the head, too. Ray gives a node 30 s to start, which two at once might not take.
+        is_up = f"exec 3<>/dev/tcp/{HEAD}/{head['agent']}"
+        wait = f"until ({is_up}) 2>/dev/null; do sleep 0.2; done; " if kind == "worker" else ""
         run = {
             "command": ["/bin/bash", "-c", "--"],
             "args": [f"{wait}exec {ray_start} --temp-dir=$TMPDIR/ray"],

@@ -62,6 +62,10 @@ def test_a_run_outlives_its_head_and_can_be_read_when_its_cluster_is_gone(in_buc
     assert seen["why"] or seen["phase"] == "running", seen
     followed = story.follow("logs", name, "-f")
     story.until(name, has_checkpoint)
+    there = "\n".join(story.left_behind())
+    assert all(
+        what in there for what in (f"RayJob {name}", "raylet", "/dev/shm/dtrain-", f"{story.operator.root}/p")
+    ), there
 
     os.kill(story.operator.head_pid(name), signal.SIGKILL)
     story.until(name, lambda run: run.record.state == "succeeded")
