@@ -11,6 +11,7 @@ import os
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -34,10 +35,17 @@ PATIENCE_S = 3.0
 CHECKPOINTS = "checkpoints/"
 MARKS = ("manifest.json", "COMMITTED")
 """What is copied of checkpoints, unless one is fetched."""
+_making = threading.Lock()
+
+
+def _copies() -> Path:
+    """One for the process: threads that ask for it first ask at once, and what each copies must lie in the same."""
+    with _making:
+        return _made()
 
 
 @cache
-def _copies() -> Path:
+def _made() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="dtrain-seen-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder

@@ -5,7 +5,9 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from making import TWO_CORES, a_cluster, a_job
@@ -14,6 +16,7 @@ from s3_server import served
 from dtrain import api, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
 from dtrain.plan import make_plan
+from dtrain.runs import away
 from dtrain.runs.away import RemoteRun
 from dtrain.runs.growing import PIECE_BYTES, Growing, piece
 from dtrain.runtime.carrier import Carrier
@@ -340,3 +343,21 @@ def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_noth
     everybody(run).end_dead(RetriesExhausted("that was the last one"))
     assert (run.record.state, run.record.exit_code) == ("failed", 4)
     assert not everybody(run).put_back("again", run.stored_record()), "it has ended"
+
+
+def test_threads_that_look_at_a_run_first_copy_to_one_folder():
+    many, before = 16, sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(30):
+            away._made.cache_clear()
+            together = threading.Barrier(many)
+
+            def look(_: int, together: threading.Barrier = together) -> str:
+                together.wait()
+                return str(away._copies())
+
+            with ThreadPoolExecutor(many) as pool:
+                assert len(set(pool.map(look, range(many)))) == 1
+    finally:
+        sys.setswitchinterval(before)
