@@ -29,6 +29,10 @@ TIMEOUT_S = 20.0
 PATIENCE_S = 5.0
 """How long a dashboard may refuse connections or be overloaded before that is an error."""
 POLL_S = 1.0
+BEGIN_LOOKS, BEGIN_LOOK_S = 4, 0.5
+SETTLE_S = 4.0
+REPLACED_S = 30.0
+"""How long what watched over a job that has ended may take to leave."""
 ENDED = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 MAX_WHY = 300
 
@@ -74,18 +78,43 @@ def send(submission: Submission, options: Options, say: Say) -> None:
         "runtime_env": {"env_vars": options.environment} if options.environment else {},
     }
     found = _job(options, run_id)
-    if found is not None and found["status"] in ENDED:
-        _ask(options, "DELETE", f"/api/jobs/{_quoted(run_id)}")
-    elif found is not None:
+    if found is not None and found["status"] not in ENDED:
         say(f"the cluster has {run_id} already ({found['status'].lower()})")
         return
+    _post(options, run_id, job, found)
+    deadline = time.monotonic() + REPLACED_S
+    while found is not None and (made := _not_begun(options, run_id)) is not None:
+        if time.monotonic() > deadline:
+            raise ClusterError(f"the Ray cluster at {options.address} does not start {run_id}: {_why(made)}")
+        _post(options, run_id, job, made)
+    say(f"handed to the Ray cluster at {options.address}")
+
+
+def _post(options: Options, run_id: str, job: dict[str, Any], ended: dict[str, Any] | None) -> None:
+    """Make the job, in the place of one that has ended.
+
+    Ray ends what watches over a job a moment after the job, and never when the job was deleted before that: no other
+    of its name could begin.
+    """
+    if ended is not None:
+        time.sleep(SETTLE_S)
+        _ask(options, "DELETE", f"/api/jobs/{_quoted(run_id)}")
     try:
         _ask(options, "POST", "/api/jobs/", job)
     except ClusterError:
         # The answer to a first try may have been lost: what counts is whether the job is there.
         if _job(options, run_id) is None:
             raise
-    say(f"handed to the Ray cluster at {options.address}")
+
+
+def _not_begun(options: Options, run_id: str) -> dict[str, Any] | None:
+    """The job, where Ray gave it up without starting its command: what watched over the one before had not left yet."""
+    for _ in range(BEGIN_LOOKS):
+        job = _job(options, run_id)
+        if job is not None and job["status"] != "PENDING":
+            return job if job["status"] == "FAILED" and job.get("driver_exit_code") is None else None
+        time.sleep(BEGIN_LOOK_S)
+    return None
 
 
 def look(run_id: str, options: Options) -> Sight | None:
@@ -93,7 +122,7 @@ def look(run_id: str, options: Options) -> Sight | None:
     job = _job(options, run_id)
     if job is None:
         return None
-    status, why = job["status"], _sentence(job.get("message"))
+    status, why = job["status"], _why(job)
     if status in ENDED:
         code = job.get("driver_exit_code")
         ended = f"its driver {'was stopped' if status == 'STOPPED' else 'ended'}"
@@ -227,6 +256,10 @@ def _token() -> str:
         return Path(named or "~/.ray/auth_token").expanduser().read_text().strip()
     except OSError:
         return ""
+
+
+def _why(job: dict[str, Any]) -> str:
+    return _sentence(job.get("message"))
 
 
 def _quoted(run_id: str) -> str:

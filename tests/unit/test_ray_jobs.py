@@ -119,6 +119,23 @@ def test_handing_over_twice_makes_one_job_and_an_ended_one_is_replaced(dashboard
     assert dashboard.jobs["tiny-abcd"]["status"] == "PENDING"
 
 
+def test_a_job_that_ray_gives_up_unstarted_is_made_again(dashboard: Dashboard) -> None:
+    """As Ray does where what watched over the ended job of this name has not left yet."""
+    dashboard.jobs["tiny-abcd"] = {"status": "FAILED", "driver_exit_code": 137}
+
+    def give_up_twice(what: str) -> Answer:
+        if what.startswith("POST") and sum(w.startswith("POST") for w in dashboard.asked) <= 2:
+            dashboard.jobs["tiny-abcd"]["status"] = "FAILED"
+        elif what.startswith("POST"):
+            dashboard.jobs["tiny-abcd"]["status"] = "RUNNING"
+        return 200, dashboard.jobs.get("tiny-abcd", {})
+
+    dashboard.before = give_up_twice
+    ray_jobs.send(rendered(), dashboard.options, print)
+    assert sum(what.startswith("POST") for what in dashboard.asked) == 3
+    assert dashboard.jobs["tiny-abcd"]["status"] == "RUNNING"
+
+
 def test_a_submit_whose_answer_was_lost_makes_no_second_job(dashboard: Dashboard) -> None:
     def lose_once(what: str) -> Answer:
         dashboard.before = None
