@@ -139,7 +139,7 @@ def next_commands(run: runs.Run, record: runs.Record) -> list[RenderableType]:
     if record.state == "succeeded":
         if record.outcome.get("pictures"):
             commands += [(f"dtrain sample {name}", "more of what it draws")]
-        elif record.outcome.get("sample"):
+        elif record.outcome.get("sample") and run.task_plan.arithmetic.tokens_per_step:
             commands += [(f'dtrain sample {name} --prompt "def "', "more of what it writes")]
         if not is_script or record.outcome.get("steps"):
             commands += [(f"tensorboard --logdir {words.place(run.where)}/tensorboard", "its curves")]
