@@ -84,9 +84,8 @@ def send(submission: Submission, options: Options, say: Say) -> None:
         if record is None:
             say("starting a Ray head on this machine (kept warm for the next run)")
             record = home.start_head()
-            if submission.resources.get("CPU", 0) <= record["cores"] and (
-                submission.resources.get("GPU", 0) <= record["gpus"]
-            ):
+            # Which GPUs are a run's only Ray can tell: such a run waits for it.
+            if submission.resources.get("CPU", 0) <= record["cores"] and not submission.resources.get("GPU"):
                 turn = stack.enter_context(home.turn(record))
         elif home.hand_over(submission.run_path):
             return

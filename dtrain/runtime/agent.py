@@ -134,6 +134,7 @@ class Agent:
             store_host=self._store_address[0],
             store_port=self._store_address[1],
             agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
+            gpus=tuple(args.get("gpus") or ()),
         )
         self._writer = CheckpointWriter(
             self.run_folder,

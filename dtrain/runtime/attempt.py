@@ -84,6 +84,8 @@ class Node:
     store_host: str
     store_port: int
     agreement: Agreement
+    gpus: tuple[str, ...] = ()
+    """Those of this node that are the run's, as CUDA numbers them; empty where the run may see all."""
 
 
 class Attempt:
@@ -322,6 +324,7 @@ class Attempt:
             "control": str(node.control_path),
             "host": node.store_host,
             "port": node.store_port,
+            "gpus": list(node.gpus),
         }
         log_path = node.run_path / "logs" / f"rank-{number}.log"
         with open(log_path, "ab", buffering=0) as log:

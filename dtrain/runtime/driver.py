@@ -293,6 +293,7 @@ class Driver:
             assert reservation is not None
             return PlacedHost(args, self._plan, reservation)
         args["driver_command"] = self._command
+        args["gpus"] = reservation.gpus() if reservation is not None else []
         return EmbeddedHost(args, self._arguments.folder, self._arguments.until, self._lease)
 
     def _serve(self, host: AgentHost) -> Failure | None:

@@ -115,7 +115,7 @@ class PlacedHost:
 
 def host_on_node(args: dict[str, Any]) -> None:
     """What Ray Train's worker runs on each node: start the node's zygote, fork the agent, stay until it has ended."""
-    from ray import train, util
+    from ray import get_runtime_context, train, util
 
     from dtrain.runtime.on_node import OnNode
 
@@ -126,7 +126,8 @@ def host_on_node(args: dict[str, Any]) -> None:
     folder = base() / f"node-{os.getppid()}"
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
     zygote = Zygote.connect(folder, until)
-    args = {**args, "node": node, "host": util.get_node_ip_address(), "is_placed": True}
+    gpus = [str(number) for number in get_runtime_context().get_accelerator_ids().get("GPU", [])]
+    args = {**args, "node": node, "host": util.get_node_ip_address(), "is_placed": True, "gpus": gpus}
     with contextlib.ExitStack() as stack:
         locks = []
         if "away" in args:

@@ -218,6 +218,8 @@ def _open(plan: Plan) -> Source:
 def _place(plan: Plan, args: Mapping[str, Any]) -> loop.Place:
     torch.set_num_threads(plan.workers.threads)
     if plan.workers.device == "cuda":
+        if args.get("gpus"):  # read when CUDA starts, which it has not before this line
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(args["gpus"])
         torch.cuda.set_device(args["local_rank"])
         device = torch.device("cuda", args["local_rank"])
         torch.backends.cuda.matmul.allow_tf32 = True

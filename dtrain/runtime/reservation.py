@@ -58,10 +58,32 @@ class Reservation:
         self._bundle = plan.workers.resources
         self._num_nodes = plan.workers.num_nodes
         strategy = "STRICT_SPREAD" if self._num_nodes > 1 else "STRICT_PACK"
+        self._holder: Any = None
+        self._gpus: list[str] = []
         self.group = placement_group([dict(self._bundle)] * self._num_nodes, strategy=strategy, name=f"dtrain:{name}")
 
     def is_ready(self, timeout_s: float) -> bool:
         return bool(self.group.wait(timeout_seconds=timeout_s))
+
+    def gpus(self) -> list[str]:
+        """The GPUs of this machine that are the run's, as CUDA numbers them; nobody else gets them before `release`.
+
+        Only a process of Ray's is told which they are: one holds them in the run's name. Empty for a run on CPUs.
+        """
+        if self._holder is None and self._bundle.get("GPU"):
+            from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+            ray = self._ray
+
+            class Holder:
+                def gpus(self) -> list[str]:
+                    return [str(number) for number in ray.get_runtime_context().get_accelerator_ids()["GPU"]]
+
+            where = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=0)
+            needs = {"num_cpus": 0, "num_gpus": self._bundle["GPU"], "scheduling_strategy": where}
+            self._holder = ray.remote(**needs)(Holder).remote()
+            self._gpus = ray.get(self._holder.gpus.remote())
+        return self._gpus
 
     def why_waiting(self) -> str:
         """One sentence: what is asked for, and what the cluster has."""

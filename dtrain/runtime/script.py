@@ -123,6 +123,8 @@ def environment(plan: ScriptPlan, args: Mapping[str, Any]) -> dict[str, str]:
     }
     if workers.device == "cpu":
         found["ACCELERATE_USE_CPU"] = "true"  # else each worker of an Accelerate script would train alone
+    if args.get("gpus"):
+        found["CUDA_VISIBLE_DEVICES"] = ",".join(args["gpus"])
     if workers.num_nodes == 1:
         found |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
     return {**{key: str(value) for key, value in found.items()}, **plan.entrypoint.environment}

@@ -442,6 +442,9 @@ def test_a_script_finds_the_launch_that_torchrun_gives(folder: Path) -> None:
         "MY": "own",
     }
     assert {key: found.get(key) for key in expected} == expected
+    assert "CUDA_VISIBLE_DEVICES" not in found
+    on_gpus = environment(made, {**args, "restore": {"host": "127.0.0.1", "port": 4321}, "gpus": ["2", "5"]})
+    assert on_gpus["CUDA_VISIBLE_DEVICES"] == "2,5"
 
 
 def test_a_script_run_is_shown_without_an_end_to_its_steps(folder: Path) -> None:
