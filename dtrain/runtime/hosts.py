@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from dtrain.checkpoint.shared_memory import prefix
 from dtrain.plan import AnyPlan
-from dtrain.runtime.own_folder import base, is_going
+from dtrain.runtime.own_folder import base, is_going, make_base
 from dtrain.runtime.reservation import Reservation
 from dtrain.runtime.zygote import Child, Zygote
 
@@ -123,6 +123,7 @@ def host_on_node(args: dict[str, Any]) -> None:
         if is_going():
             time.sleep(GOING_CHECK_S)
     node = train.get_context().get_world_rank()
+    make_base()
     folder = base() / f"node-{os.getppid()}"
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
     zygote = Zygote.connect(folder, until)

@@ -11,6 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from dtrain.errors import StorageError
+
 GOING = "going"
 BEGUN_S = 60.0
 """A folder without a lock that is older was left by a process that died while it made it."""
@@ -20,8 +22,16 @@ def base() -> Path:
     return Path(tempfile.gettempdir()) / f"dtrain-{os.getuid()}"
 
 
+def make_base() -> None:
+    """Raises `StorageError` where somebody else has taken the name: code is run from below it."""
+    base().mkdir(mode=0o700, exist_ok=True)
+    if base().is_symlink() or base().stat().st_uid != os.getuid():
+        raise StorageError(f"{base()} belongs to somebody else; remove it, or set TMPDIR to a folder of yours")
+
+
 def code_folder(run_id: str) -> Path:
     """Where the user's own code is unpacked: the same on every node, so that a plan names the same files everywhere."""
+    make_base()
     return base() / "code" / run_id
 
 
@@ -36,7 +46,7 @@ class OwnFolder:
     def __init__(self, run_id: str, token: int, who: str) -> None:
         _sweep()
         self.path = base() / "runs" / f"{token}-{who}" / run_id
-        base().mkdir(mode=0o700, exist_ok=True)
+        make_base()
         for name in ("logs", "checkpoints", "tensorboard", "samples"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.path / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

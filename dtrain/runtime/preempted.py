@@ -12,14 +12,14 @@ import os
 import sys
 import time
 
-from dtrain.runtime.own_folder import GOING, base
+from dtrain.runtime.own_folder import GOING, base, make_base
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Let this node's runs write a checkpoint before it goes away.")
     parser.add_argument("--within", type=float, default=100.0, help="longest wait in seconds")
     deadline = time.monotonic() + parser.parse_args().within
-    base().mkdir(mode=0o700, exist_ok=True)
+    make_base()
     (base() / GOING).touch()
     while busy := _busy():
         if time.monotonic() > deadline:
