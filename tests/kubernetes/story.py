@@ -118,11 +118,11 @@ class Story:
         return runs.find(self.storage, run)
 
     def until(self, run: str, what: Callable[[Run], bool]) -> None:
-        """Until something is so. A run that has ended, or an operator that has, is not waited for."""
+        """Until something is so. A run that has ended, or an operator that has, is not waited for; a lost one is."""
         deadline = time.monotonic() + PATIENCE_S
         while not what(self.run(run)):
             assert self.operator.error is None, self.operator.error
-            assert time.monotonic() < deadline and not self.run(run).record.ended, self.report(run)
+            assert time.monotonic() < deadline and not self.run(run).stored_record().ended, self.report(run)
             time.sleep(0.5)
 
     # -- what is there ---------------------------------------------------------------------------------------
