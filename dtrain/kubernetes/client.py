@@ -1,11 +1,10 @@
-"""A small client of the Kubernetes API: JSON over one connection, retries that end, streams that can be cut.
+"""The Kubernetes API as dtrain asks it: objects as they are sent, retries that end, streams that can be cut.
 
-Made of the standard library: importing the official client takes longer than a whole verb. Every failure is a
-`ClusterError` with the next move; nothing here waits for ever.
+The wire is the official client's, whose classes of objects are not used. Every failure is a `ClusterError` with the
+next move; nothing here waits for ever.
 """
 
 import contextlib
-import http.client
 import json
 import random
 import socket
@@ -14,9 +13,8 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote, urlencode, urlsplit
+from urllib.parse import quote, urlencode
 
-from dtrain import __version__
 from dtrain.errors import ClusterError
 from dtrain.kubernetes import errors, kubeconfig
 from dtrain.kubernetes.errors import Asked, Refused
@@ -32,7 +30,6 @@ PAGE = 500
 TRIES_OF_A_LIST = 3
 FIELD_MANAGER = "dtrain"
 Object = dict[str, Any]
-_TROUBLE = (ConnectionError, TimeoutError, http.client.HTTPException, ssl.SSLError, OSError)
 
 
 @dataclass(frozen=True)
@@ -76,12 +73,12 @@ class Answer:
 
 
 class Client:
-    """One connection, for one thread."""
+    """Connections to one server, for one thread."""
 
     def __init__(self, access: kubeconfig.Access, patience_s: float = PATIENCE_S) -> None:
         self.access = access
         self._patience_s = patience_s
-        self._connection: http.client.HTTPConnection | None = None
+        self._api: Any = None
         self.warnings: list[str] = []
         """What the server warned of, in all answers so far."""
         self.num_repeated = 0
@@ -94,9 +91,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        if self._connection is not None:
-            self._connection.close()
-            self._connection = None
+        if self._api is not None:
+            self._api.rest_client.pool_manager.clear()
+            self._api = None
 
     # -- objects ---------------------------------------------------------------------------------------------
 
@@ -175,8 +172,7 @@ class Client:
             number += 1
             try:
                 answer = self._once(method, path, query, data, {**sent, **(headers or {})})
-            except _TROUBLE as trouble:
-                self.close()
+            except OSError as trouble:
                 wait_s = _pause(number)
                 if not _is_passing(trouble, number) or time.monotonic() + wait_s > deadline:
                     raise self.unreachable(trouble) from trouble
@@ -186,9 +182,10 @@ class Client:
             if answer.status < 300:
                 self.warnings += answer.warnings
                 return answer
-            if answer.status == 401 and not was_renewed and self.access.renew():
-                was_renewed = True
+            if answer.status == 401 and not was_renewed:
+                self.access.renew()
                 self.close()  # a certificate may be among what is renewed
+                was_renewed = True
                 continue
             wait_s = answer.retry_after_s if answer.retry_after_s is not None else _pause(number)
             if not _is_trouble(answer.status, number) or time.monotonic() + wait_s > deadline:
@@ -201,55 +198,38 @@ class Client:
     def _once(
         self, method: str, path: str, query: Mapping[str, str] | None, data: bytes | None, headers: Mapping[str, str]
     ) -> Answer:
-        if self._connection is None or self._connection.sock is None:  # None: the server said it would close it
-            self._connection = self._connect(READ_TIMEOUT_S)
-        self._send(self._connection, method, path, query, data, headers)
-        response = self._connection.getresponse()
-        found = Answer(response.status, response.read(), response.getheader("Content-Type") or "")
-        found.warnings = [text for value in response.headers.get_all("Warning") or () if (text := _warning(value))]
+        response = self._request(method, path, query, data, headers, READ_TIMEOUT_S)
+        found = Answer(response.status, response.data, response.headers.get("Content-Type") or "")
+        found.warnings = [text for value in response.headers.getlist("Warning") if (text := _warning(value))]
         with contextlib.suppress(TypeError, ValueError):
-            found.retry_after_s = min(float(response.getheader("Retry-After") or ""), self._patience_s)
+            found.retry_after_s = min(float(response.headers.get("Retry-After") or ""), self._patience_s)
         return found
 
-    def _send(
+    def _request(
         self,
-        connection: http.client.HTTPConnection,
         method: str,
         path: str,
         query: Mapping[str, str] | None,
         data: bytes | None,
         headers: Mapping[str, str],
-    ) -> None:
-        known = {
-            "Accept": "application/json",
-            "User-Agent": f"dtrain/{__version__}",
-            **self.access.headers(),
-            **headers,
-        }
-        base = urlsplit(self.access.server).path
-        connection.request(method, base + path + (f"?{urlencode(query)}" if query else ""), data, known)
+        read_timeout_s: float,
+        *,
+        is_stream: bool = False,
+    ) -> Any:
+        """urllib3's response, of a stream one that is yet to be read. Raises `OSError` where there is none."""
+        import urllib3
 
-    def _connect(self, read_timeout_s: float) -> http.client.HTTPConnection:
-        """A connection that is open. Raises `OSError` when it cannot be, `ClusterError` for a proxy of another kind."""
-        access, at = self.access, urlsplit(self.access.server)
-        host, port = at.hostname or "", at.port or (443 if access.is_tls else 80)
-        proxy = _proxy(access)
-        target = (proxy.hostname or "", proxy.port or 80) if proxy else (host, port)
-        raw = socket.create_connection(target, CONNECT_TIMEOUT_S)
-        try:
-            if proxy:
-                _tunnel(raw, host, port)
-            if access.is_tls:
-                raw = access.tls().wrap_socket(raw, server_hostname=access.server_name)
-            raw.settimeout(read_timeout_s)
-            raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        except BaseException:
-            raw.close()
-            raise
-        connection = http.client.HTTPConnection(at.netloc)
-        connection.auto_open = 0
-        connection.sock = raw
-        return connection
+        if self._api is None:
+            self._api = self.access.connect()
+        with _as_os_error():
+            return self._api.rest_client.pool_manager.request(
+                method,
+                self.access.server + path + (f"?{urlencode(query)}" if query else ""),
+                body=data,
+                headers={**self.access.headers(self._api), **headers},
+                timeout=urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=read_timeout_s),
+                preload_content=not is_stream,
+            )
 
     def unreachable(self, trouble: BaseException) -> ClusterError:
         """The error for a request that had no answer."""
@@ -261,7 +241,8 @@ class Client:
             )
         if isinstance(trouble, ssl.SSLError):
             return ClusterError(
-                f"{source}: {host} speaks no TLS as expected ({trouble.reason}); check its server address"
+                f"{source}: {host} speaks no TLS as expected ({trouble.reason}); check its server address,"
+                " and the certificates in the kubeconfig"
             )
         if isinstance(trouble, socket.gaierror):
             text = "its name is unknown here; check the network or VPN, or get a new kubeconfig"
@@ -279,31 +260,51 @@ class Client:
     def stream(self, path: str, query: Mapping[str, str], silence_s: float) -> Iterator[Iterator[bytes]]:
         """The lines of an answer as they come, over a connection of its own.
 
-        Reading raises `OSError` or `HTTPException` when the connection is cut, or silent for longer than `silence_s`.
+        Reading raises `OSError` when the connection is cut, or silent for longer than `silence_s`.
         Raises `Refused` for an answer that is not 2xx.
         """
-        connection = self._connect(silence_s)
+        response = self._request("GET", path, query, None, {}, silence_s, is_stream=True)
         try:
-            self._send(connection, "GET", path, query, None, {})
-            with contextlib.closing(connection.getresponse()) as response:  # it holds the socket open, too
-                if response.status >= 300:
-                    asked = Asked(self.access.source, self.access.login, "GET", path)
-                    kind = response.getheader("Content-Type") or ""
-                    raise errors.refused(asked, response.status, response.read(), kind)
-                yield _lines(response)
+            if response.status >= 300:
+                asked = Asked(self.access.source, self.access.login, "GET", path)
+                with _as_os_error():
+                    body = response.data
+                raise errors.refused(asked, response.status, body, response.headers.get("Content-Type") or "")
+            yield _lines(response)
         finally:
-            connection.close()
+            response.close()
 
 
-def _lines(response: http.client.HTTPResponse) -> Iterator[bytes]:
-    """Whole lines, the last one even without its end. A body that ends before it should raises `HTTPException`."""
+def _lines(response: Any) -> Iterator[bytes]:
+    """Whole lines, the last one even without its end. A body that ends before it should raises `OSError`."""
     rest = b""
-    while data := response.read1(1 << 16):
-        *lines, rest = (rest + data).split(b"\n")
-        for line in lines:
-            yield line + b"\n"
+    with _as_os_error():
+        for data in response.stream(1 << 16):
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                yield line + b"\n"
     if rest:
         yield rest
+
+
+@contextlib.contextmanager
+def _as_os_error() -> Iterator[None]:
+    """An error of urllib3 as that of the system for which it stands."""
+    import urllib3
+
+    try:
+        yield
+    except urllib3.exceptions.HTTPError as error:
+        raise _below(error) from error
+
+
+def _below(error: BaseException) -> OSError:
+    for inner in (*error.args, error.__cause__, error.__context__):
+        if isinstance(inner, OSError):
+            return inner
+        if isinstance(inner, Exception):
+            return _below(inner)
+    return ConnectionError(str(error) or type(error).__name__)
 
 
 def _is_passing(trouble: BaseException, number: int) -> bool:
@@ -328,39 +329,6 @@ def _warning(header: str) -> str:
     """The text of a `Warning` header: `299 - "unknown field \\"spec.x\\""`."""
     parts = header.split('"', 1)
     return parts[1].rsplit('"', 1)[0].replace('\\"', '"') if len(parts) == 2 else header
-
-
-def _proxy(access: kubeconfig.Access) -> Any:
-    """The address of the proxy on the way there: the kubeconfig's, or the environment's as everywhere."""
-    import urllib.request
-
-    host = urlsplit(access.server).hostname or ""
-    named = access.proxy or (
-        None if urllib.request.proxy_bypass(host) else urllib.request.getproxies().get("https" if access.is_tls else "")
-    )
-    if not named:
-        return None
-    proxy = urlsplit(named)
-    if proxy.scheme != "http":
-        raise ClusterError(
-            f"{access.source}: the proxy {named} is not of the http:// kind; set another one as proxy-url"
-        )
-    return proxy
-
-
-def _tunnel(raw: socket.socket, host: str, port: int) -> None:
-    raw.sendall(f"CONNECT {host}:{port} HTTP/1.1\r\nHost: {host}:{port}\r\n\r\n".encode())
-    answer = b""
-    while not answer.endswith(b"\r\n\r\n"):
-        data = raw.recv(1)
-        if not data:
-            break
-        answer += data
-    words = answer.split(b" ", 2)
-    if len(words) < 2 or words[1] != b"200":
-        raise ConnectionError(
-            f"the proxy answers {answer.splitlines()[0].decode(errors='replace') if answer else ''!r}"
-        )
 
 
 def of(options: Any) -> Client:

@@ -6,7 +6,6 @@ head's pod prints; `head` is the head's pod, `node-0` the first worker pod by na
 
 import base64
 import contextlib
-import http.client
 import json
 import re
 import time
@@ -118,7 +117,7 @@ def _lines(
             return False
         if refusal.code not in (401, 429, 500, 502, 503, 504) or mark.num_cuts >= MOST_CUTS:
             raise
-    except (OSError, http.client.HTTPException) as trouble:
+    except OSError as trouble:
         # Where nothing can be reached any more, whoever looks for the pod next says so.
         if mark.num_cuts >= MOST_CUTS:
             raise api.unreachable(trouble) from trouble

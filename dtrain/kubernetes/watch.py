@@ -1,6 +1,5 @@
 """What becomes of objects: a list, then every change, through cut connections and forgotten versions, for a time."""
 
-import http.client
 import json
 import time
 from collections.abc import Generator, Iterator
@@ -63,5 +62,5 @@ def _events(client: Client, path: str, query: dict[str, str], silence_s: float) 
             raise
         if refusal.code in (401, 410):  # a list renews what was refused, or says why it cannot
             yield {"type": "ERROR", "object": {}}
-    except (OSError, http.client.HTTPException, ValueError):
+    except (OSError, ValueError):
         return  # cut, or silent: the caller goes on from the last version it saw

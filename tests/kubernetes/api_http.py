@@ -61,6 +61,7 @@ class Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         self.query = dict(parse_qsl(split.query, keep_blank_values=True))
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.generation = self.api.watch_generation  # whoever sees this request noted may cut it from then on
         fault = self.api.begin(self.command, split.path, self.query, self.headers)
         self.cut = fault.cut if fault else None
         try:
@@ -96,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         kind, _, token = (self.headers.get("Authorization") or "").partition(" ")
         if not token:
             return "system:anonymous"
-        user = self.api.tokens.get(token) if kind == "Bearer" else None
+        user = self.api.tokens.get(token) if kind.lower() == "bearer" else None
         if user is None:
             raise Refusal(401, "Unauthorized")
         return user
@@ -268,7 +269,7 @@ class Handler(BaseHTTPRequestHandler):
         left = deadline(float(query.get("timeoutSeconds") or 300))
         bookmarks = query.get("allowWatchBookmarks") in ("1", "true")
         self._begin_stream("application/json")
-        since, told, generation = int(given), time.monotonic(), self.api.watch_generation
+        since, told = int(given), time.monotonic()
         if given == "0":
             with store.changed:
                 since, found = store.version, store.all(target.resource, target.namespace, matches)
@@ -278,7 +279,7 @@ class Handler(BaseHTTPRequestHandler):
                 mark = {"resourceVersion": str(since), "annotations": {"k8s.io/initial-events-end": "true"}}
                 kind = {"kind": target.resource.kind, "apiVersion": target.resource.api_version}
                 self._line({"type": "BOOKMARK", "object": {**kind, "metadata": mark}})
-        while left() > 0 and not self.api.closing.is_set() and generation == self.api.watch_generation:
+        while left() > 0 and not self.api.closing.is_set() and self.generation == self.api.watch_generation:
             with store.changed:
                 current = store.version
                 try:
@@ -296,7 +297,7 @@ class Handler(BaseHTTPRequestHandler):
                 mark = {"metadata": {"resourceVersion": str(since)}}
                 kind = {"kind": target.resource.kind, "apiVersion": target.resource.api_version}
                 self._line({"type": "BOOKMARK", "object": {**kind, **mark}})
-        if generation != self.api.watch_generation:
+        if self.generation != self.api.watch_generation:
             raise NoAnswer
         self._end_stream()
 
@@ -315,14 +316,14 @@ class Handler(BaseHTTPRequestHandler):
             lines = lines[max(0, len(lines) - int(self.query["tailLines"])) :]
         stamped = self.query.get("timestamps") in ("1", "true")
         self._begin_stream("text/plain")
-        last, generation = 0, self.api.watch_generation
+        last = 0
         while True:
             for line in lines:
                 self._chunk((line.at.encode() + b" " if stamped else b"") + line.text)
                 last = line.number
             if self.query.get("follow") not in ("1", "true") or self.api.closing.is_set():
                 break
-            if generation != self.api.watch_generation:
+            if self.generation != self.api.watch_generation:
                 raise NoAnswer
             with self.api.store.changed:
                 lines = [line for line in self.api.logs.get(key, []) if line.number > last]

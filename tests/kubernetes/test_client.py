@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
+import kubernetes.config  # noqa: F401 -- here, so that no test is measured by what this takes
 import pytest
 from api_server import ApiServer
 
