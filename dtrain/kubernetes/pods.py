@@ -203,7 +203,12 @@ def _container(
     options: KubeRay, name: str, amounts: Mapping, ports: dict[str, int], env: dict[str, str], locks_memory: bool
 ) -> Mapping:
     """The Ray container; the operator writes its command, probes, and what it must know of the head."""
-    variables = {"HOME": "/tmp", "RAY_USAGE_STATS_ENABLED": "0", **env}  # noqa: S108 -- a volume of the pod's own
+    variables = {
+        "HOME": "/tmp",  # noqa: S108 -- a volume of the pod's own
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # nothing in the pod goes before the ranks
+        **env,
+    }
     container: Mapping = {
         "name": name,
         "image": options.image,

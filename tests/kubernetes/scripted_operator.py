@@ -41,7 +41,6 @@ OVER = ("Complete", "Failed", "ValidationFailed")
 QUICK = {
     "RAY_DASHBOARD_STARTUP_TIMEOUT_S": "0",  # the raylet need not wait for the dashboard
     "RAY_prestart_worker_first_driver": "0",
-    "RAY_worker_niceness": "0",  # a machine of its own would not keep the ranks waiting
     # Nodes leave a head that is lost after a minute. Until then one on the same machine, unlike one in a pod, would
     # find them and think that it runs already.
     "RAY_gcs_rpc_server_reconnect_timeout_s": "6",
