@@ -122,7 +122,10 @@ class Story:
         deadline = time.monotonic() + PATIENCE_S
         while not what(self.run(run)):
             assert self.operator.error is None, self.operator.error
-            assert time.monotonic() < deadline and not self.run(run).stored_record().ended, self.report(run)
+            if self.run(run).stored_record().ended:
+                assert what(self.run(run)), self.report(run)  # it may have ended since the look before
+                return
+            assert time.monotonic() < deadline, self.report(run)
             time.sleep(0.5)
 
     # -- what is there ---------------------------------------------------------------------------------------
