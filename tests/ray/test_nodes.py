@@ -15,7 +15,13 @@ from dtrain.runs import Record, Run
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("settings", [[], ["strategy.name=fsdp", "checkpoint.every_steps=40"]], ids=["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param([], id="ddp", marks=pytest.mark.slow),
+        pytest.param(["strategy.name=fsdp", "checkpoint.every_steps=40"], id="fsdp"),
+    ],
+)
 def test_two_nodes_lose_a_worker_and_then_an_agent(settings: list[str]) -> None:
     """Under fsdp each node holds half of the state: it is in both snapshots, and both write each checkpoint."""
     with tempfile.TemporaryDirectory(prefix="dt-") as folder:

@@ -92,6 +92,7 @@ def two_nodes() -> Iterator[Away]:
         yield made
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_nodes_write_and_read_the_parts_of_one_checkpoint(two_nodes: Away) -> None:
     """Sharded over nodes that see nothing of each other's folders; then one loses its agent, and with it its half."""
@@ -135,6 +136,7 @@ def _files_of(pid: int) -> str:
     return ""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: Away) -> None:
     settings = ["cluster.workers_per_node=2", "retry.hang_timeout_s=60"]
