@@ -48,6 +48,7 @@ def has_checkpoint(run) -> bool:
     return any(run.checkpoints.glob("step-*/COMMITTED"))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_outlives_its_head_and_can_be_read_when_its_cluster_is_gone(in_bucket):
     story = in_bucket

@@ -10,7 +10,11 @@ STEPS = 160
 
 
 @pytest.mark.parametrize(
-    "settings", [["strategy.name=fsdp"], ["strategy.name=deepspeed", "strategy.stage=3"]], ids=["fsdp", "zero3"]
+    "settings",
+    [
+        pytest.param(["strategy.name=fsdp"], id="fsdp"),
+        pytest.param(["strategy.name=deepspeed", "strategy.stage=3"], id="zero3", marks=pytest.mark.slow),
+    ],
 )
 def test_a_lost_worker_leaves_no_trace(desk: Desk, settings: list[str]) -> None:
     settings = [*settings, f"train.steps={STEPS}"]
