@@ -58,7 +58,7 @@ def write(folder: Path, step: int, state: State, facts: Mapping[str, Any], parts
         manifest = json.dumps({"step": step, "files": files, **facts}, indent=2).encode()
         _write_durably(path / MANIFEST, manifest)
         _sync_folder(path)
-        _write_durably(path / MARKER, hashlib.sha256(manifest).hexdigest().encode())
+        _mark(path, hashlib.sha256(manifest).hexdigest().encode())
         _sync_folder(path)
         _sync_folder(folder)
     except (Exception, CheckpointException) as error:  # DCP's own is no `Exception`
@@ -78,8 +78,7 @@ def write_part(path: Path, state: State) -> int:
     """
     try:
         sums = _save(path, state)
-        _write_durably(path / (MARKER + ".making"), json.dumps(sums).encode())
-        (path / (MARKER + ".making")).rename(path / MARKER)  # it is read as soon as it is seen
+        _mark(path, json.dumps(sums).encode())
         _sync_folder(path)
     except (Exception, CheckpointException) as error:
         raise _given_up(path, error) from error
@@ -217,6 +216,13 @@ def _sha256(path: Path) -> str:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _mark(path: Path, said: bytes) -> None:
+    """Put the marker, which is read as soon as it is seen: it is there whole, or not at all."""
+    making = path / f"{MARKER}.making"
+    _write_durably(making, said)
+    making.rename(path / MARKER)
 
 
 def _write_durably(path: Path, data: bytes) -> None:

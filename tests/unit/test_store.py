@@ -4,7 +4,6 @@ import contextlib
 import errno
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -234,8 +233,7 @@ def test_a_writer_killed_at_any_moment_leaves_what_was_committed(delay_s, tmp_pa
     committed = killed_writer(tmp_path, delay_s)
     step, said = newest(tmp_path)
     assert (step or 0) >= committed
-    # Killed while it wrote the marker itself, it leaves one that fits no manifest.
-    assert all(re.search("no COMMITTED marker|is not the one that was committed", line) for line in said), said
+    assert all("no COMMITTED marker" in line for line in said), said
     if step:
         live = {"w": torch.zeros(200_000)}
         store.read_into(store.path_of(tmp_path, step), live)
