@@ -6,37 +6,41 @@ class named `Options` and imports torch or ray inside functions only, so that re
 inside functions or for type checking only.
 """
 
-import difflib
 import importlib
 import inspect
 import json
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationInfo, create_model
 from pydantic_core import PydanticKnownError, SchemaValidator, core_schema
 
 from dtrain.errors import InputError
 
+if TYPE_CHECKING:
+    import ast
+
 DECLARES_OPTIONS = re.compile(r"^class Options\b", re.MULTILINE)
 
 
 class Options(BaseModel):
-    """Base of every settings class: frozen, unknown keys refused, the sentence under a field is its help."""
+    """Base of every settings class: frozen, unknown keys refused, the sentence under a field is its help (`helps`)."""
 
     model_config = ConfigDict(
         frozen=True,
         extra="forbid",
-        use_attribute_docstrings=True,
         allow_inf_nan=False,
         validate_default=True,
         populate_by_name=True,
         protected_namespaces=(),
+        defer_build=True,  # most are only ever parts of another
     )
 
 
@@ -51,6 +55,34 @@ class Says:
     """Beside a type in `Annotated`: how a message and the reference say what is expected, e.g. `a name of ...`."""
 
     phrase: str
+
+
+@cache
+def helps(options: type[Options]) -> dict[str, str]:
+    """The sentences under the fields of a settings class, read from its source when somebody asks for them.
+
+    pydantic would do it for every class it makes, which costs a command more than all else that it does.
+    """
+    import ast
+
+    found: dict[str, str] = {}
+    for cls in reversed(options.__mro__):
+        classes = _classes(cls.__module__) if cls is not Options and issubclass(cls, Options) else {}
+        body = classes[cls.__qualname__].body if cls.__qualname__ in classes else []
+        for field, under in pairwise(body):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(under, ast.Expr):
+                text = under.value.value if isinstance(under.value, ast.Constant) else None
+                if isinstance(text, str):
+                    found[field.target.id] = inspect.cleandoc(text)
+    return found
+
+
+@cache
+def _classes(module: str) -> "dict[str, ast.ClassDef]":
+    import ast
+
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 @cache
@@ -77,6 +109,8 @@ def load(folder: str, name: str) -> ModuleType:
 
 def suggestion(word: str, known: Iterable[str]) -> str:
     """A half-sentence that helps after a mistyped word: `; did you mean 'x'?`, or the list of what there is."""
+    import difflib
+
     candidates = list(known)
     near = difflib.get_close_matches(word, candidates, n=1, cutoff=0.6)
     if near:
@@ -146,6 +180,7 @@ def _union(folder: str) -> Any:
 def _validator(folder: str, name: str) -> SchemaValidator:
     """Of one component; it puts the name into the location of a mistake, as that of all of them would."""
     options = with_name(name, load(folder, name).Options)
+    options.model_rebuild()  # it was put off, see `Options`
     schema = core_schema.tagged_union_schema({name: options.__pydantic_core_schema__}, discriminator="name")
     return SchemaValidator(schema)
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from dtrain.data.kept import sha256, unreadable
 from dtrain.errors import DtrainError, InputError
@@ -53,6 +53,11 @@ class Pictures(Protocol):
     ) -> "np.ndarray":
         """Some of them at the size asked for: uint8 [b, size, size, channels]. Raises what `decoded` raises."""
 
+
+@runtime_checkable
+class OnDisk(Pictures, Protocol):
+    """Pictures that can be decoded again whenever they are read."""
+
     def note(self, folder: Path, part: str, numbers: "np.ndarray") -> None:
         """Write down in `folder` which pictures a part has, to decode them later."""
 
@@ -90,9 +95,6 @@ class Pixels:
         if self._pixels.shape[1:] == (size, size, channels) and center_crop == 1.0:
             return self._pixels[numbers]
         return fit_all((self.decoded(number, channels) for number in numbers), size, center_crop)
-
-    def note(self, folder: Path, part: str, numbers: "np.ndarray") -> None:
-        raise NotImplementedError("pictures in memory are kept as pixels")
 
 
 class Files:

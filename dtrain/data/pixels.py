@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dtrain.data.augmentation import Augmentation, flip_and_crop, parts
 from dtrain.data.holding import absent_from, hold_out, shuffled
-from dtrain.data.pictures import fit
+from dtrain.data.pictures import OnDisk, fit
 from dtrain.data.prepared import read_meta
 from dtrain.errors import InputError
 
@@ -185,6 +185,7 @@ def convert(look: Look, found: "Found", where: str, folder: Path) -> dict[str, A
     for part, (chosen, numbers) in sides.items():
         chosen.labels[numbers].tofile(folder / f"{part}_labels.bin")
         if look.decode == "on_read":
+            assert isinstance(chosen, OnDisk), "pictures in memory are kept as pixels"
             chosen.note(folder, part, numbers)
             sampled = numbers[shuffled(len(numbers))[:_BLOCK]] if part == "train" else []
             blocks = fitted(chosen, sampled)

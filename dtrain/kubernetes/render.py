@@ -104,7 +104,7 @@ def text(objects: tuple[Object, ...]) -> str:
     """The objects as YAML that `kubectl apply -f -` takes, in the order in which they are sent."""
     import yaml
 
-    class Plain(yaml.SafeDumper):
+    class Plain(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]  # both write the same text
         """Writes what occurs twice twice."""
 
         def ignore_aliases(self, data: Any) -> bool:

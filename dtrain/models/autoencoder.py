@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Options(component.Options):
-    """Tells samples by a few numbers and makes them again; a variational one also makes new ones."""
+    """Tells samples by a few numbers and makes them again; a variational one (VAE) also makes new ones."""
 
     latent_size: int = Field(default=32, gt=0, le=2**16)
     """Numbers that a sample is told by."""

@@ -2,14 +2,6 @@
 
 Forked from the zygote by its host (the driver, a Ray Train worker, a Tune trial), to whom it speaks over a connection.
 The first node's agent leads: it decides about retries, writes metrics, events and checkpoints.
-
-    agent -> driver                                          driver -> agent
-    {"hello": node}                                          {"store": [host, port]}   to followers
-    {"store": [host, port]}   the leader's                   {"stop": who}
-    {"record": {...}}         changes of the run's record
-    {"event": {...}}          for the driver to note, where this node does not see the run's folder
-    {"preempted": node}       this node is about to go away
-    {"end": {...}}            how it all came out
 """
 
 import contextlib
@@ -21,23 +13,22 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from multiprocessing.connection import Client, Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dtrain import code
 from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import shelf, store
 from dtrain.checkpoint.snapshot import held_step
 from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
 from dtrain.messages import pair, receive
 from dtrain.plan import Plan, ScriptPlan
-from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runs import Run
 from dtrain.runtime import rendezvous, retry
 from dtrain.runtime.attempt import Attempt, Node, Report
+from dtrain.runtime.ledger import Ledger
+from dtrain.runtime.line import DriverLine
 from dtrain.runtime.retry import Failure
 from dtrain.runtime.scribe import Scribe
 from dtrain.runtime.writing import CheckpointWriter
@@ -46,9 +37,6 @@ from dtrain.runtime.zygote import Zygote
 REPORT_TIMEOUT_S = 30.0
 STORE_TIMEOUT_S = 600.0
 LAST_CHECKPOINT_S = 300.0
-LATEST_EVERY_S = 5.0
-"""Time between two readings that are put into the record of a run in a bucket, for those who list runs."""
-ORPHANED = "the driver is gone"
 
 
 def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
@@ -56,7 +44,7 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
     torch.set_num_threads(1)
     agent = Agent(args)
     if args.get("is_placed"):
-        signal.signal(signal.SIGTERM, lambda *_: agent.notice_preemption())
+        signal.signal(signal.SIGTERM, lambda *_: agent.line.notice_preemption())
     try:
         agent.run()
     except DtrainError as error:
@@ -68,7 +56,7 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> int:
         agent.end({"state": "failed", "error_kind": "internal", "error": text, "cause": cause})
     finally:
         agent.close()
-    if agent.is_orphaned and args.get("driver_command"):
+    if agent.line.is_lost and args.get("driver_command"):
         _start_driver([*args["driver_command"], "--again"], agent.run_folder, descriptors)
     return 0
 
@@ -92,36 +80,36 @@ class Agent:
 
     def __init__(self, args: Mapping[str, Any]) -> None:
         self.run_folder = Run(Path(args["run"]))
-        self.is_orphaned = False
         self._away: Mapping[str, Any] | None = args.get("away")
         """The run's storage, id and owner's token, where that is a bucket and the folder this node's own."""
+        self._starts_driver = bool(args.get("driver_command"))
         self._shelf = shelf.of(self.run_folder.checkpoints, self._away)
-        self._is_preempted = False
-        self._latest: dict[str, Any] = {}
-        self._next_latest = 0.0
         self._plan: Plan | ScriptPlan = self.run_folder.plan
-        self._code = dict(self._plan.code)
-        """The user's own files, and the hash of each as it was when it was last looked at."""
         self._number: int = args["node"]
         self._is_leader = self._number == 0
-        self._stop: str | None = None
-        self._attempts = [AttemptRecord.model_validate(a) for a in args["attempts"]]
         self._scribe = Scribe(self.run_folder) if self._is_leader else None
         self._selector = selectors.DefaultSelector()
-        self._driver: Connection | None = Client(tuple(args["driver"]), authkey=bytes.fromhex(args["secret"]))
-        self._selector.register(self._driver, selectors.EVENT_READ, self._read_driver)
-        self._tell({"hello": self._number})
+        secret = bytes.fromhex(args["secret"])
+        self.line = DriverLine(tuple(args["driver"]), secret, self._number, self._selector, self._note_loss)
+        self._ledger = Ledger(
+            self.run_folder,
+            args["attempts"],
+            self._plan.code,
+            self.line.tell,
+            is_leader=self._is_leader,
+            is_away=self._away is not None,
+        )
+        self.line.tell({"hello": self._number})
         self._zygote_folder, self._until = Path(args["zygote_folder"]), int(args["until"])
         self._zygote = Zygote.connect(self._zygote_folder, self._until)
-        self._store_address: tuple[str, int] | None = None
         host = args["host"]
         if self._is_leader:
             self._store = rendezvous.serve_store(host)
-            self._store_address = (host, self._store.port)
-            self._tell({"store": self._store_address})
+            store_address = (host, self._store.port)
+            self.line.tell({"store": store_address})
         else:
-            self._store_address = self._await_store()
-            self._store = rendezvous.connect_store(*self._store_address)
+            store_address = self._await_store()
+            self._store = rendezvous.connect_store(*store_address)
         base = shared.prefix(self.run_folder.path, self._number)
         self._node = Node(
             run_path=self.run_folder.path,
@@ -131,8 +119,8 @@ class Agent:
             selector=self._selector,
             snapshot_path=Path(f"{base}-state"),
             control_path=Path(f"{base}-control"),
-            store_host=self._store_address[0],
-            store_port=self._store_address[1],
+            store_host=store_address[0],
+            store_port=store_address[1],
             agreement=rendezvous.Agreement(self._store, self._number, self._plan.workers.num_nodes),
             gpus=tuple(args.get("gpus") or ()),
         )
@@ -143,11 +131,9 @@ class Agent:
             self._node.snapshot_path,
             self._selector,
             self._free_snapshot,
-            self._note,
+            self._ledger.note,
             self._away,
         )
-        self._began = 0.0
-        """When the attempt began, seconds since 1970."""
         self._script_store: Any = None
         """What a script's ranks meet in: a new one for every attempt, as their launch contract has it."""
         self._attempt: Attempt | None = None
@@ -174,11 +160,11 @@ class Agent:
             self._follow()
 
     def _lead(self) -> None:
-        earlier = [_failure_of(a) for a in self._attempts if a.failure]
+        earlier = self._ledger.failures()
         restore = self._where_from()
         while True:
-            number = len(self._attempts) + 1
-            self._begin_record(number, restore)
+            number = len(self._ledger.attempts) + 1
+            self._ledger.begin(number, restore)
             self._node.agreement.announce(number, {"restore": restore})
             report = self._try(number, restore)
             if report.outcome is not None:
@@ -187,24 +173,24 @@ class Agent:
             failure = self._root_cause(number, report)
             decision = retry.decide(failure, earlier, self._plan.retry)
             earlier.append(failure)
-            self._end_record(failure)
-            self._event(
+            self._ledger.end(failure)
+            self._ledger.event(
                 "failure", failure.cause, failure=failure.kind, step=failure.step, attempt=number, retry=decision.again
             )
-            if self._stop is not None:
+            if self.line.stop is not None:
                 self._stopped(report.snapshot_step or 0)
                 return
             if not decision.again:
                 self._give_up(failure, decision.reason)
                 return
-            self._tell({"record": {"state": "recovering", "cause": failure.cause}})
+            self.line.tell({"record": {"state": "recovering", "cause": failure.cause}})
             if decision.delay_s:
-                self._event("waiting", f"trying again in {decision.delay_s:.0f} s ({decision.reason})")
-                self._turn_until(lambda: self._stop is not None, decision.delay_s)
+                self._ledger.event("waiting", f"trying again in {decision.delay_s:.0f} s ({decision.reason})")
+                self._turn_until(lambda: self.line.stop is not None, decision.delay_s)
             restore = self._where_from()
 
     def _follow(self) -> None:
-        number = len(self._attempts) + 1
+        number = len(self._ledger.attempts) + 1
         while True:
             order = self._await_order(number)
             if "end" in order:
@@ -224,7 +210,7 @@ class Agent:
             self._writer.drop()
         self._attempt = Attempt(self._node, number, restore, lambda: self._writer.step, self._on_rank)
         try:
-            return self._attempt.watch(self._turn, lambda: self._stop is not None)
+            return self._attempt.watch(self._turn, lambda: self.line.stop is not None)
         finally:
             self._attempt = None
 
@@ -255,10 +241,10 @@ class Agent:
             self._turn(0.05)
             if not told and time.monotonic() - started > 1.0:
                 told = True
-                self._event("prepare", "preparing the data")
-            if self._stop is not None:
+                self._ledger.event("prepare", "preparing the data")
+            if self.line.stop is not None:
                 child.kill()
-                raise Stopped(f"stopped by {self._stop} before training began")
+                raise Stopped(f"stopped by {self.line.stop} before training began")
         self._zygote.wait(child, 5.0)
         ours.close()
         os.close(child.pidfd)
@@ -266,7 +252,7 @@ class Agent:
         if "error" in said:
             kind = said["kind"] if said["kind"] == "input" else "training"
             text = said["error"] if kind == "input" else f"preparing the data failed: {said['class']}: {said['error']}"
-            self._tell({"record": {"error": said.get("detail") or text}})
+            self.line.tell({"record": {"error": said.get("detail") or text}})
             raise from_kind(kind, text)
 
     def _where_from(self) -> dict[str, Any]:
@@ -284,7 +270,7 @@ class Agent:
         rejected: list[str] = []
         found = self._shelf.newest_valid(rejected.append)
         for sentence in rejected:
-            self._event("checkpoint-rejected", sentence)
+            self._ledger.event("checkpoint-rejected", sentence)
         if found is None:
             return {"from": "scratch", "step": 0}
         path, manifest = found
@@ -303,11 +289,11 @@ class Agent:
     def _await_store(self) -> tuple[str, int]:
         """Follower: where the leader's store is, as the driver passes it on."""
         deadline = time.monotonic() + STORE_TIMEOUT_S
-        while self._store_address is None:
-            if self._driver is None or time.monotonic() > deadline:
+        while self.line.store_address is None:
+            if self.line.is_lost or time.monotonic() > deadline:
                 raise ClusterError("the first node's agent did not come up")
             self._turn(0.02)
-        return self._store_address
+        return self.line.store_address
 
     def _await_order(self, number: int) -> dict[str, Any]:
         while True:
@@ -330,27 +316,27 @@ class Agent:
                 failures += [Failure(**f) for f in node_report["failures"]]
         order = {"error": 0, "diverged": 0, "memory": 0, "hung": 1, "killed": 2, "exited": 3, "agent": 4}
         root = min(failures, key=lambda f: order[f.kind], default=Failure("exited", "all ranks left", report.step))
-        has_saved = isinstance(self._plan, ScriptPlan) and _newest(self.run_folder.checkpoints) > self._began
+        has_saved = isinstance(self._plan, ScriptPlan) and _newest(self.run_folder.checkpoints) > self._ledger.began
         return Failure(**{**asdict(root), "step": max(report.step, root.step), "has_saved": has_saved})
 
     def _finish(self, outcome: dict[str, Any]) -> None:
         self._await_writer()
         step = int(outcome["steps"])
         if "metrics" not in outcome:
-            self._end_record(None, step)
+            self._ledger.end(None, step)
             self._stopped(step)
             return
         if isinstance(self._plan, ScriptPlan):
-            self._end_record(None, step)
+            self._ledger.end(None, step)
             self.end({"state": "succeeded", "cause": "the script came to its end on every worker", "outcome": outcome})
             return
         if step not in self._shelf.steps():
             reason = self._writer.last_failure or "it was not committed"
             text = f"training is done, but its last checkpoint could not be written ({reason}); free space and resume"
-            self._end_record(None, step)
+            self._ledger.end(None, step)
             self.end({"state": "failed", "error_kind": "storage", "error": text, "cause": text, "outcome": outcome})
             return
-        self._end_record(None, step)
+        self._ledger.end(None, step)
         if self._picture:
             outcome["pictures"] = self._picture
         outcome["checkpoint"] = store.path_of(self.run_folder.checkpoints, step).name
@@ -380,9 +366,9 @@ class Agent:
         self._keep_snapshot()
         newest = max(self._shelf.steps(), default=None)
         where = f"checkpoint of step {newest}" if newest is not None else "no checkpoint yet"
-        cause = f"stopped by {self._stop} at step {step}, {where}"
+        cause = f"stopped by {self.line.stop} at step {step}, {where}"
         if isinstance(self._plan, ScriptPlan):
-            cause = f"stopped by {self._stop}" + (f" after step {step} was reported" if step else "")
+            cause = f"stopped by {self.line.stop}" + (f" after step {step} was reported" if step else "")
         self.end({"state": "stopped", "error_kind": "stopped", "cause": cause})
 
     def _give_up(self, failure: Failure, reason: str) -> None:
@@ -401,11 +387,10 @@ class Agent:
 
     def end(self, result: Mapping[str, Any]) -> None:
         """Say how it came out, once."""
-        if self._latest:
-            self._tell_latest()
+        self._ledger.tell_latest()
         if self._is_leader and getattr(self, "_node", None) is not None:
-            self._node.agreement.announce(len(self._attempts) + 1, {"end": True})
-        self._tell({"end": dict(result)})
+            self._node.agreement.announce(len(self._ledger.attempts) + 1, {"end": True})
+        self.line.tell({"end": dict(result)})
 
     def close(self) -> None:
         """Leave nothing behind."""
@@ -415,50 +400,6 @@ class Agent:
         shared.remove(self.run_folder.path, self._number)
         self._zygote.close()
 
-    # -- records -----------------------------------------------------------------------------------------------
-
-    def _begin_record(self, number: int, restore: Mapping[str, Any]) -> None:
-        source = Path(restore["path"]).name if restore["from"] == "checkpoint" else restore["from"]
-        self._attempts.append(
-            AttemptRecord(number=number, started_at=time.time(), from_step=restore["step"], source=source)
-        )
-        self._began = time.time()
-        self._look_at_code()
-        if source == "script" and number > 1:
-            self._event("attempt", f"attempt {number}: the script is started again", attempt=number)
-        elif number > 1 or restore["step"]:
-            self._event("attempt", f"attempt {number} begins at step {restore['step']}, from {source}", attempt=number)
-        state = {"state": "starting", "cause": "workers are being forked"} if number == 1 else {}
-        self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts], **state}})
-
-    def _look_at_code(self) -> None:
-        """Workers import the user's files as they are now: say so where that is not what was planned."""
-        for path in code.changed(self._code):
-            self._code[path] = code.sha256(Path(path))
-            what = "has changed" if self._code[path] else "cannot be read any more,"
-            self._event("code-changed", f"{path} {what} since the run was submitted or last started; it runs as it is")
-
-    def _end_record(self, failure: Failure | None, step: int | None = None) -> None:
-        changes: dict[str, Any] = {"ended_at": time.time(), "last_step": failure.step if failure else step}
-        if failure is not None:
-            changes |= {"cause": failure.cause, "failure": failure.kind}
-        self._attempts[-1] = self._attempts[-1].model_copy(update=changes)
-        self._tell({"record": {"attempts": [a.model_dump() for a in self._attempts]}})
-
-    def _event(self, event: str, message: str, **fields: Any) -> None:
-        if self._is_leader:
-            self._note(event, message=message, **fields)
-
-    def _note(self, event: str, **fields: Any) -> None:
-        if self._away is None:
-            self.run_folder.event(event, **fields)
-        else:
-            self._tell({"event": {"kind": event, "time": round(time.time(), 3), **fields}})
-
-    def notice_preemption(self) -> None:
-        """This node is about to go away; told to the driver at the next turn, since a signal may come at any time."""
-        self._is_preempted = True
-
     # -- ranks and the writer ------------------------------------------------------------------------------------
 
     def _on_rank(self, message: dict[str, Any]) -> None:
@@ -466,35 +407,21 @@ class Agent:
             attempt = self._attempt
             if message.get("num_parameters") and not self._num_parameters:
                 self._num_parameters = message["num_parameters"]
-                self._event("model", f"the model has {self._num_parameters:,} parameters")
+                self._ledger.event("model", f"the model has {self._num_parameters:,} parameters")
             self._data = message.get("data", "")
             if self._is_leader and attempt is not None and all(r.is_ready for r in attempt.ranks):
-                latest = self._attempts[-1]
-                cause = f"attempt {latest.number}, from {latest.source}"
-                if latest.source == "script":
-                    cause = f"attempt {latest.number} of the script"
-                self._tell({"record": {"state": "running", "cause": cause}})
+                self._ledger.running()
         elif "checkpoint" in message:
             if self._is_leader or not self._holds_all:
                 self._write_checkpoint(message["checkpoint"], message["held_out"])
             elif self._attempt is not None:
                 self._attempt.control.writing_step = 0
         elif "metrics" in message and self._scribe is not None:
-            self._scribe.write(len(self._attempts), message["metrics"])
-            self._take_latest(message["metrics"])
+            self._scribe.write(len(self._ledger.attempts), message["metrics"])
+            self._ledger.take_latest(message["metrics"])
         elif "picture" in message and self._scribe is not None:
             self._picture = message["picture"]["file"]
             self._scribe.show(self.run_folder.samples / self._picture, message["picture"]["step"])
-
-    def _take_latest(self, metrics: Mapping[str, Any]) -> None:
-        if self._away is not None and "held_out" not in metrics:
-            self._latest = dict(metrics)
-            if time.monotonic() >= self._next_latest:
-                self._tell_latest()
-
-    def _tell_latest(self) -> None:
-        self._next_latest = time.monotonic() + LATEST_EVERY_S
-        self._tell({"record": {"latest": self._latest}})
 
     def _write_checkpoint(self, step: int, held_out: Mapping[str, float]) -> None:
         self._writer.write(self._zygote, step, self._attempt_number, held_out, self._data)
@@ -511,43 +438,17 @@ class Agent:
     def _turn(self, timeout_s: float) -> None:
         for key, _ in self._selector.select(timeout_s):
             key.data()
-        if self._is_preempted:
-            self._is_preempted = False
-            self._tell({"preempted": self._number})
+        self.line.tell_preemption()
 
     def _turn_until(self, condition: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         while not condition() and time.monotonic() < deadline:
             self._turn(0.02)
 
-    def _tell(self, message: Mapping[str, Any]) -> None:
-        if self._driver is not None:
-            try:
-                self._driver.send(dict(message))
-            except OSError:
-                self._lose_driver()
-
-    def _read_driver(self) -> None:
-        assert self._driver is not None
-        try:
-            message = self._driver.recv()
-        except (EOFError, OSError):
-            self._lose_driver()
-            return
-        if "stop" in message:
-            self._stop = message["stop"]
-        if "store" in message:
-            self._store_address = tuple(message["store"])
-
-    def _lose_driver(self) -> None:
-        """Without a driver nobody holds the run's resources: put the state on storage and leave."""
-        if self._driver is not None:
-            with contextlib.suppress(KeyError, ValueError):
-                self._selector.unregister(self._driver)
-            self._driver = None
-            self.is_orphaned = True
-            self._stop = self._stop or ORPHANED
-            self._event("driver-lost", "the driver is gone: writing a last checkpoint")
+    def _note_loss(self) -> None:
+        # One loss is counted once: here where this agent starts the next driver, else by whoever hands the run over.
+        event = "driver-lost" if self._starts_driver else "orphaned"
+        self._ledger.event(event, "the driver is gone: writing a last checkpoint")
 
 
 def _newest(folder: Path) -> float:
@@ -558,8 +459,3 @@ def _newest(folder: Path) -> float:
             with contextlib.suppress(OSError):
                 times.append(os.stat(os.path.join(parent, name)).st_mtime)
     return max(times)
-
-
-def _failure_of(attempt: AttemptRecord) -> Failure:
-    kind: Any = attempt.failure
-    return Failure(kind, attempt.cause or "", attempt.last_step or 0)

@@ -1,9 +1,9 @@
 """The process that every rank is forked from: torch imported once a node, no thread, no CUDA context.
 
 A fork of it is ready in milliseconds where a new interpreter needs seconds to import torch. It stays on the node
-between runs and ends with the process it was told to outlive no longer than (`until`), or when asked. What it is asked
-and what it answers stands in `zygote`. Linux only: SOCK_SEQPACKET keeps messages whole, pidfd and PDEATHSIG leave no
-orphan behind.
+between runs and ends with the process it was told to outlive no longer than (`until`), when asked, or when its socket
+is gone. What it is asked and what it answers stands in `zygote`. Linux only: SOCK_SEQPACKET keeps messages whole,
+pidfd and PDEATHSIG leave no orphan behind.
 """
 
 import argparse
@@ -44,6 +44,7 @@ PRELOAD = (
 """Imported before the first fork. Without torch._dynamo the first optimizer step of every rank would import it."""
 
 MAX_DESCRIPTORS = 8
+REACHABLE_CHECK_S = 5.0
 LAST_CLIENTS_S = 300.0
 """How long clients get to put their state on storage once the cluster is gone."""
 PR_SET_PDEATHSIG, PR_SET_NAME = 1, 15
@@ -81,10 +82,13 @@ class Server:
         self._is_leaving = False
 
     def serve(self) -> None:
-        """Until it is told to leave, or the process it must not outlive has ended, and every client has left."""
+        """Until it is told to leave, the process it must not outlive has ended, or nobody can reach it any more.
+
+        Clients that it has then may finish first.
+        """
         deadline = float("inf")
-        while time.monotonic() < deadline and (self._sessions or not self._is_leaving):
-            for descriptor, _ in self._poll.poll(1000 if self._is_leaving else None):
+        while time.monotonic() < deadline and (self._sessions or not (self._is_leaving or self._is_out_of_reach())):
+            for descriptor, _ in self._poll.poll(1000 * (1 if self._is_leaving else REACHABLE_CHECK_S)):
                 if descriptor == self._listener.fileno():
                     connection, _address = self._listener.accept()
                     self._sessions[connection.fileno()] = _Session(connection)
@@ -99,6 +103,10 @@ class Server:
                     deadline = time.monotonic() + LAST_CLIENTS_S
                 elif descriptor in self._sessions:
                     self._serve_session(self._sessions[descriptor])
+
+    def _is_out_of_reach(self) -> bool:
+        """Its folder was removed, and its socket with it, and no child of it works on."""
+        return not self._forked and not os.path.exists(self._listener.getsockname())
 
     def end_children(self) -> None:
         for pid in list(self._forked):

@@ -4,7 +4,6 @@ YAML 1.2's core schema read from PyYAML's events: `yes` and `010` mean what they
 here recurses over a file, and size, depth and number of values are bounded before anything is built from them.
 """
 
-import difflib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,6 +109,8 @@ def found(node: Node) -> str:
 
 def near_files(path: str | Path) -> str:
     """A half-sentence naming the file that was probably meant, looked for beside it and in `jobs` and `clusters`."""
+    import difflib
+
     asked = Path(path)
     folders = dict.fromkeys([asked.parent, Path(), Path("jobs"), Path("clusters")])
     candidates = {str(file): file for folder in folders for file in _yaml_files(folder)}

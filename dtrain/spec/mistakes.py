@@ -2,6 +2,8 @@
 
 import difflib
 import math
+import re
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,8 @@ from dtrain.component import Options, suggestion
 from dtrain.spec import document, words
 from dtrain.spec.document import Node, found
 
+NUM_LETTERS = 3
+"""Of a word that is looked for in descriptions: shorter ones are everywhere."""
 YES_NO = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
 
 
@@ -43,15 +47,15 @@ class _Place:
         self.keys: list[str] = []
         """Keys known beside the last part of the path."""
         self.has_default = False
-        self.choice: list[str] | None = None
-        """Names of components, where the place is the `name` that should be one of them."""
+        self.choice: dict[str, type[Options]] | None = None
+        """Components by name, where the place is the `name` that should be one of them."""
         location = error["loc"]
         if error["type"] == "missing" and isinstance(location[-1], int):
             location = location[:-1]  # a list lacks an element: it is the list that is wrong
         for part in location:
             self._step(part)
         if error["type"] == "union_tag_invalid":
-            self.choice = list(words.components(self.annotation))
+            self.choice = words.components(self.annotation)
             self._descend("name", None)
 
     def _step(self, part: int | str) -> None:
@@ -64,7 +68,7 @@ class _Place:
             known = words.fields(model)
             self.keys = list(known)
             field = known.get(part)
-            self.choice = list(names) if part == "name" and names else None
+            self.choice = names if part == "name" and names else None
             self.has_default = field is not None and not field.is_required()
             self._descend(part, words.annotation_of(field) if field else None)
         elif isinstance(part, int) and (element := words.element_of(self.annotation, part)) is not None:
@@ -116,11 +120,30 @@ def _explain(error: ErrorDetails, place: _Place) -> str:
     return what + _hint(place.node, place)
 
 
-def _no_such(folder: str, node: Node | None, known: list[str]) -> str:
+def _no_such(folder: str, node: Node | None, known: dict[str, type[Options]]) -> str:
     if node is None or not isinstance(node.value, str):
         stands = found(node) if node else "nothing"
         return f"{folder}.name: expected one of: {', '.join(known)}, found {stands}"
-    return f"{folder}.name: there is no {folder} {found(node)}{suggestion(node.value, known)}"
+    meant = _that_speaks_of(node.value, known)
+    near = f"; did you mean {meant!r}?" if meant else suggestion(node.value, known)
+    return f"{folder}.name: there is no {folder} {found(node)}{near}"
+
+
+def _that_speaks_of(word: str, known: dict[str, type[Options]]) -> str | None:
+    """The one component that has the word in its description, or among what it lets choose: `resnet` is `cnn`."""
+    wanted = _letters(word)
+    speak = []
+    for name, component in known.items():
+        fields = words.fields(component).values()
+        said = [sys.modules[component.__module__].__doc__ or "", component.__doc__ or ""]
+        said += [str(choice) for field in fields for choice in words.choices(words.annotation_of(field))]
+        if any(_letters(one).startswith(wanted) for text in said for one in text.split()):
+            speak.append(name)
+    return speak[0] if len(speak) == 1 and len(wanted) >= NUM_LETTERS else None
+
+
+def _letters(word: str) -> str:
+    return re.sub(r"[\W_]", "", word.lower())
 
 
 def _hint(node: Node, place: _Place) -> str:

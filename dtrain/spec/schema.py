@@ -86,6 +86,9 @@ class _Generator(GenerateJsonSchema):
         made = super().model_schema(schema)
         made.pop("title", None)
         names = words.fields(schema["cls"]) if issubclass(schema["cls"], Options) else {}
+        for key, field in names.items():
+            if field.description:
+                made["properties"][key].setdefault("description", field.description)
         only = made.get("properties", {}).get("name", {})
         if "const" in only and "name" in names:
             # The code may leave the name of a component out, a file may not.

@@ -2,12 +2,13 @@
 
 import inspect
 import types
+from copy import copy
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 from pydantic.fields import FieldInfo
 
-from dtrain.component import Choice, Options, Says
+from dtrain.component import Choice, Options, Says, helps
 
 UNIONS = (Union, types.UnionType)
 
@@ -18,8 +19,13 @@ def key_of(name: str, field: FieldInfo) -> str:
 
 
 def fields(model: type[Options]) -> dict[str, FieldInfo]:
-    """The keys a file may give at a place, and their fields; the name of a component comes first."""
-    found = {key_of(name, field): field for name, field in model.model_fields.items()}
+    """The keys a file may give at a place, and their fields with help; the name of a component comes first."""
+    said = helps(model)
+    found = {}
+    for name, original in model.model_fields.items():
+        field = copy(original)
+        field.description = field.description or said.get(name)
+        found[key_of(name, field)] = field
     return {"name": found.pop("name"), **found} if "name" in found else found
 
 

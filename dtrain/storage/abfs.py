@@ -8,17 +8,15 @@ import asyncio
 import io
 import logging
 import os
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from dtrain.storage import Entry
-from dtrain.storage.stores import Answer, Kind, Verb
+from dtrain.storage.stores import Answer, Kind, Verb, delete_each, wait_for
 
-REQUEST_S = 300.0
 MARK = "dtrain_mark"
 ONCE: Mapping[str, int] = {"retry_total": 0}
 """Only one hand may try again."""
-NUM_DELETED_AT_ONCE = 16
 
 
 def connect(bucket: str) -> "Abfs":
@@ -69,7 +67,7 @@ class Abfs:
         )[0]
 
     def facts(self, key: str) -> tuple[int, str, str]:
-        found = self._wait(lambda: self._blob(key).get_blob_properties(**ONCE))
+        found = wait_for(self, lambda: self._blob(key).get_blob_properties(**ONCE))
         return int(found.size), _plain(found.etag), (found.metadata or {}).get(MARK, "")
 
     def put(self, key: str, data: bytes, mark: str, if_absent: bool, if_version: str | None) -> str:
@@ -77,7 +75,7 @@ class Abfs:
 
         condition = _if(MatchConditions.IfNotModified, if_version) if if_version is not None else {}
         words = {"metadata": {MARK: mark} if mark else None, **condition, **ONCE}
-        done = self._wait(lambda: self._blob(key).upload_blob(io.BytesIO(data), overwrite=not if_absent, **words))
+        done = wait_for(self, lambda: self._blob(key).upload_blob(io.BytesIO(data), overwrite=not if_absent, **words))
         return _plain(done["etag"])
 
     def begin(self, key: str, mark: str) -> str:
@@ -85,14 +83,14 @@ class Abfs:
 
     def put_part(self, key: str, upload: str, number: int, data: bytes) -> str:
         block = f"{upload}-{number:05d}"
-        self._wait(lambda: self._blob(key).stage_block(block, io.BytesIO(data), length=len(data), **ONCE))
+        wait_for(self, lambda: self._blob(key).stage_block(block, io.BytesIO(data), length=len(data), **ONCE))
         return block
 
     def finish(self, key: str, upload: str, mark: str, receipts: list[str]) -> None:
         from azure.storage.blob import BlobBlock  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
         blocks = [BlobBlock(block_id=block) for block in receipts]
-        self._wait(lambda: self._blob(key).commit_block_list(blocks, metadata={MARK: mark}, **ONCE))
+        wait_for(self, lambda: self._blob(key).commit_block_list(blocks, metadata={MARK: mark}, **ONCE))
 
     def abandon(self, key: str, upload: str, num_parts: int) -> None:
         """Nothing to do: the store forgets blocks that were not committed within a week."""
@@ -107,7 +105,7 @@ class Abfs:
                 if (blob.metadata or {}).get("hdi_isfolder") != "true"
             ]
 
-        listed: list[Entry] = self._wait(pages)
+        listed: list[Entry] = wait_for(self, pages)
         return listed
 
     def folders(self, prefix: str) -> list[str]:
@@ -115,26 +113,20 @@ class Abfs:
             found = self._container.walk_blobs(name_starts_with=prefix, delimiter="/", **ONCE)
             return [item.name[len(prefix) : -1] async for item in found if item.name.endswith("/")]
 
-        listed: list[str] = self._wait(pages)
+        listed: list[str] = wait_for(self, pages)
         return listed
 
     def delete(self, keys: list[str]) -> None:
         from azure.core.exceptions import ResourceNotFoundError  # type: ignore[import-not-found, import-untyped, unused-ignore]
 
-        async def all_of_them() -> None:
-            gate = asyncio.Semaphore(NUM_DELETED_AT_ONCE)
+        async def one(key: str) -> None:
+            try:
+                await self._blob(key).delete_blob(**ONCE)
+            except ResourceNotFoundError as error:
+                if str(error.error_code) == "ContainerNotFound":
+                    raise
 
-            async def one(key: str) -> None:
-                async with gate:
-                    try:
-                        await self._blob(key).delete_blob(**ONCE)
-                    except ResourceNotFoundError as error:
-                        if str(error.error_code) == "ContainerNotFound":
-                            raise
-
-            await asyncio.gather(*(one(key) for key in keys))
-
-        self._wait(all_of_them)
+        delete_each(self, keys, one)
 
     def answer(self, error: Exception) -> Answer:
         from azure.core import exceptions as azure  # type: ignore[import-not-found, import-untyped, unused-ignore]
@@ -161,13 +153,8 @@ class Abfs:
             stream = await self._blob(key).download_blob(**words, **ONCE)
             return await stream.readall(), _plain(stream.properties.etag)
 
-        found: tuple[bytes, str] = self._wait(whole)
+        found: tuple[bytes, str] = wait_for(self, whole)
         return found
-
-    def _wait(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        from fsspec.asyn import sync
-
-        return sync(self.files.loop, begin, timeout=REQUEST_S)
 
 
 def _if(condition: Any, version: str) -> dict[str, Any]:

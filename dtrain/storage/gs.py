@@ -8,18 +8,16 @@ import asyncio
 import io
 import json
 import math
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
 
 from dtrain.storage import Entry
-from dtrain.storage.stores import Answer, Kind, Verb
+from dtrain.storage.stores import Answer, Kind, Verb, delete_each, wait_for
 
-REQUEST_S = 300.0
 MARK = "dtrain-mark"
 NUM_COMPOSED = 32
 """Objects that one request composes at most."""
-NUM_DELETED_AT_ONCE = 16
 
 
 def connect(bucket: str) -> "Gs":
@@ -109,20 +107,14 @@ class Gs:
         return [name[len(prefix) : -1] for page in pages for name in page.get("prefixes", ())]
 
     def delete(self, keys: list[str]) -> None:
-        async def all_of_them() -> None:
-            gate = asyncio.Semaphore(NUM_DELETED_AT_ONCE)
+        async def one(key: str) -> None:
+            try:
+                await self._request("DELETE", self._url(key))
+            except _Refused as error:
+                if error.status != 404 or _is_of_bucket(error.text):
+                    raise
 
-            async def one(key: str) -> None:
-                async with gate:
-                    try:
-                        await self._request("DELETE", self._url(key))
-                    except _Refused as error:
-                        if error.status != 404 or _is_of_bucket(error.text):
-                            raise
-
-            await asyncio.gather(*(one(key) for key in keys))
-
-        self._wait(all_of_them)
+        delete_each(self, keys, one)
 
     def answer(self, error: Exception) -> Answer:
         if not isinstance(error, _Refused):
@@ -158,7 +150,7 @@ class Gs:
         return self._call(method, self._url(key), **words)
 
     def _call(self, method: str, url: str, **words: Any) -> tuple[Mapping[str, str], bytes]:
-        answer: tuple[Mapping[str, str], bytes] = self._wait(lambda: self._request(method, url, **words))
+        answer: tuple[Mapping[str, str], bytes] = wait_for(self, lambda: self._request(method, url, **words))
         return answer
 
     async def _request(
@@ -183,11 +175,6 @@ class Gs:
             if answer.status >= 300:
                 raise _Refused(answer.status, _text_of(content) or str(answer.reason))
             return answer.headers, content
-
-    def _wait(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        from fsspec.asyn import sync
-
-        return sync(self.files.loop, begin, timeout=REQUEST_S)
 
 
 class _Refused(Exception):

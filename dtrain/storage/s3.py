@@ -1,14 +1,12 @@
 """Amazon S3 and what speaks its protocol, through s3fs. Credentials, region and endpoint: the standard chain of AWS."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dtrain.storage import Entry
-from dtrain.storage.stores import Answer, Kind, Verb
+from dtrain.storage.stores import Answer, Kind, Verb, wait_for
 
-REQUEST_S = 300.0
-"""Longest time of one request: the network library lets one hang whose server stops reading."""
 MARK = "dtrain-mark"
 CREDENTIALS = "set AWS_PROFILE or AWS_ACCESS_KEY_ID, or give the pod's service account a role"
 TRANSIENT = {"RequestTimeout", "SlowDown", "InternalError", "IncompleteBody", "BadDigest", "XAmzContentSHA256Mismatch"}
@@ -111,16 +109,11 @@ class S3:
             async with answer["Body"] as body:
                 return await body.read(), str(answer["ETag"])
 
-        found: tuple[bytes, str] = self._wait(whole)
+        found: tuple[bytes, str] = wait_for(self, whole)
         return found
 
     def _call(self, operation: str, **words: Any) -> Any:
-        return self._wait(lambda: self.files._call_s3(operation, Bucket=self._bucket, **words))
-
-    def _wait(self, begin: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
-        from fsspec.asyn import sync
-
-        return sync(self.files.loop, begin, timeout=REQUEST_S)
+        return wait_for(self, lambda: self.files._call_s3(operation, Bucket=self._bucket, **words))
 
     def _pages(self, **words: Any) -> Iterator[Any]:
         while True:

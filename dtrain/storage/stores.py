@@ -3,10 +3,11 @@
 fsspec runs requests in a thread, which a forked child does not have: a child makes a connection of its own.
 """
 
+import asyncio
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -14,6 +15,10 @@ from dtrain.storage import Entry
 
 NUM_PARALLEL = 8
 """Requests at once that carry a part: what they hold in memory is bounded by this."""
+
+REQUEST_S = 300.0
+"""Longest time of one request: a network library lets one hang whose server stops reading."""
+NUM_DELETED_AT_ONCE = 16
 
 Verb = Literal["read", "written", "listed", "deleted"]
 Kind = Literal["again", "gone", "conflict", "unchanged", "denied", "no bucket", "no credentials", "other"]
@@ -74,6 +79,28 @@ class Store(Protocol):
 
     def delete(self, keys: list[str]) -> None:
         """Delete objects that may be gone already."""
+
+
+def wait_for(store: Store, begin: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    """What a request comes to, made in the thread in which fsspec runs the requests of this store."""
+    from fsspec.asyn import sync
+
+    return sync(store.files.loop, begin, timeout=REQUEST_S)
+
+
+def delete_each(store: Store, keys: list[str], delete: Callable[[str], Coroutine[Any, Any, None]]) -> None:
+    """Where a store deletes but one object a request: several requests at once."""
+
+    async def all_of_them() -> None:
+        gate = asyncio.Semaphore(NUM_DELETED_AT_ONCE)
+
+        async def one(key: str) -> None:
+            async with gate:
+                await delete(key)
+
+        await asyncio.gather(*(one(key) for key in keys))
+
+    wait_for(store, all_of_them)
 
 
 class Connection:

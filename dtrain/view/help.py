@@ -2,9 +2,8 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -29,11 +28,10 @@ latest run when left out. `dtrain COMMAND --help` explains a command.
 
 SIGPIPE_EXIT_CODE = 141
 """What a shell reports of a program whose reader went away."""
-C = TypeVar("C", bound=click.Command)
 
 
 class Sections(click.Group):
-    """A group whose help lists its commands by what they are for, in the order they are written below."""
+    """A group whose help lists its commands by what they are for, in the order they were added."""
 
     sections: dict[str, list[str]]
 
@@ -41,15 +39,11 @@ class Sections(click.Group):
         super().__init__(*args, **kwargs)
         self.sections = {}
 
-    def section(self, title: str) -> Callable[[C], C]:
-        """Lists a command under `title`."""
-
-        def add(command: C) -> C:
+    def section(self, title: str, *commands: click.Command) -> None:
+        """Adds commands and lists them under `title`."""
+        for command in commands:
             self.add_command(command)
-            self.sections.setdefault(title, []).append(str(command.name))
-            return command
-
-        return add
+        self.sections[title] = [str(command.name) for command in commands]
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         width = max(len(name) for names in self.sections.values() for name in names)

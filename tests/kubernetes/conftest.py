@@ -1,20 +1,14 @@
 """What the tests of the Kubernetes backend share: a loopback API server, a kubeconfig for it, and what was recorded."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from api_server import ApiServer
 from replay import RECORDINGS
+from submitting import some_options
 
 from dtrain.backends import kuberay
-from dtrain.plan import make_plan
-from dtrain.spec.load import load_cluster, load_job
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -43,44 +37,3 @@ def recordings() -> Path:
     if not RECORDINGS.is_dir():
         pytest.skip(f"what was recorded from a real cluster is not here: {RECORDINGS}")
     return RECORDINGS
-
-
-def some_options(**words: Any) -> kuberay.Options:
-    machine = {"cores": 4, "memory_gib": 16, **words.pop("machine", {})}
-    known = {"image": "dtrain:test", "namespace": "dtrain", "termination_grace_s": 1, "pending_deadline_s": 20}
-    return kuberay.Options.model_validate({"machine": machine, **known, **words})
-
-
-def submission(run_id: str = "gpt_small-k3f9", **words: Any) -> kuberay.Submission:
-    """A shipped job, planned and rendered for the server's namespace."""
-    cluster = load_cluster(ROOT / "clusters" / "kind.yaml")
-    backend = cluster.backend.model_copy(update={"namespace": "dtrain", "context": None, **words})
-    plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), cluster.model_copy(update={"backend": backend}))
-    return kuberay.render(plan, Path(plan.storage) / run_id)
-
-
-FINALIZER = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}
-
-
-@contextmanager
-def operator(api: ApiServer, status: dict | None = None, once: Callable[[], bool] = lambda: True) -> Iterator[None]:
-    """Takes up each RayJob as the real one does, and lets go of what is deleted."""
-
-    def act(event: str, made: dict) -> None:
-        name = made["metadata"]["name"]
-        if event == "ADDED" and "finalizers" not in made["metadata"]:
-            api.patch("RayJob", name, FINALIZER)
-            api.set_status("RayJob", name, status or {"jobDeploymentStatus": "Initializing"})
-        elif event != "DELETED" and "deletionTimestamp" in made["metadata"]:
-            _await(once)
-            api.patch("RayJob", name, {"metadata": {"finalizers": []}})
-
-    with api.listen("RayJob", act):
-        yield
-
-
-def _await(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)

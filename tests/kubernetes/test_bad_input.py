@@ -9,22 +9,10 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
+from submitting import CLUSTER, ROOT
 
 from dtrain.kubernetes import verbs
 
-ROOT = Path(__file__).parents[2]
-CLUSTER = """
-name: here
-backend:
-  name: kuberay
-  namespace: dtrain
-  image: dtrain:test
-  machine: {{cores: 2, memory_gib: 4}}
-  worker: {{object_store_gib: 0.25}}
-  volumes: [{{mount: {folder}, host_path: {folder}}}]
-device: cpu
-storage: {folder}/runs
-"""
 SECONDS = 12.0
 """Within seconds, on two cores that others use as well."""
 

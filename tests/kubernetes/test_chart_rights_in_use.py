@@ -10,7 +10,7 @@ import pytest
 from api_refusals import Refusal
 from api_server import ApiServer
 from chart import EVERYTHING, Object, Values, named, objects
-from conftest import some_options, submission
+from submitting import some_options, submission
 from test_chart_access import rights
 
 from dtrain.backends import kuberay

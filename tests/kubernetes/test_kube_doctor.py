@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from api_server import ApiServer
-from conftest import some_options
+from submitting import some_options
 
 from dtrain.backends import kuberay
 from dtrain.finding import Finding

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
-from conftest import operator, submission
+from submitting import operator, submission
 
 from dtrain.backends import kuberay
 

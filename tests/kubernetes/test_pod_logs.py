@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from api_server import ApiServer
-from conftest import some_options
+from submitting import some_options
 
 from dtrain.backends import kuberay
 from dtrain.errors import ClusterError, InputError

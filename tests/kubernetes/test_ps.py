@@ -9,25 +9,12 @@ from pathlib import Path
 
 import pytest
 from api_server import ApiServer
-from conftest import ROOT, submission
+from submitting import CLUSTER, ROOT, submission
 
 from dtrain import runs
 from dtrain.kubernetes import names
 from dtrain.plan import make_plan
 from dtrain.spec.load import load_cluster, load_job
-
-CLUSTER = """
-name: here
-backend:
-  name: kuberay
-  namespace: dtrain
-  image: dtrain:test
-  machine: {{cores: 2, memory_gib: 4}}
-  worker: {{object_store_gib: 0.25}}
-  volumes: [{{mount: {folder}, host_path: {folder}}}]
-device: cpu
-storage: {folder}/runs
-"""
 
 
 def ps(folder: Path, kubeconfig: Path, *words: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from api_server import ApiServer
-from conftest import some_options, submission
+from submitting import some_options, submission
 
 from dtrain.backends import kuberay
 from dtrain.errors import ClusterError, InputError

@@ -108,6 +108,7 @@ def test_a_run_whose_cluster_has_ended_is_handed_over_again_and_stopped(in_folde
     assert story.rayjob(name)["metadata"]["uid"] != uid
     story.until(name, lambda run: len(run.record.attempts) == 2 and run.record.state == "running")
     assert story.run(name).record.attempts[1].from_step >= 50
+    assert sum(event["event"] == "driver-lost" for event in story.run(name).events()) == 1, "one loss is counted once"
 
     assert "stopped" in story.look("stop", name)
     ended = story.status(name)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import replay
 from api_server import ApiServer
-from conftest import operator, some_options, submission
+from submitting import operator, some_options, submission
 
 from dtrain.backends import kuberay
 from dtrain.errors import ClusterError

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from conftest import Desk
+from desk import Desk
 
 from dtrain.backends import local
 from dtrain.machine import probe

@@ -1,6 +1,6 @@
 """A run that is resumed must find the data that it was trained on."""
 
-from conftest import Desk
+from desk import Desk
 
 
 def test_a_corpus_that_changed_is_refused_and_an_unchanged_one_goes_on(desk: Desk) -> None:

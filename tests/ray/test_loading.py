@@ -2,7 +2,7 @@
 
 import signal
 
-from conftest import Desk, kill, pid_of
+from desk import Desk, kill, pid_of
 from test_faults import assert_nothing_left, assert_same_weights
 
 from dtrain.runs import Run

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import kill, pid_of
+from desk import kill, pid_of
 
 from dtrain.checkpoint import store
 from dtrain.runs import Record, Run

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import JOB, Desk, kill, pid_of
+from desk import JOB, Desk, kill, pid_of
 
 import dtrain
 from dtrain import runs

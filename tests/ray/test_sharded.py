@@ -1,7 +1,7 @@
 """A sharded state: no worker can restore the part of another, so all go back to the snapshot, without a trace."""
 
 import pytest
-from conftest import Desk, kill, pid_of
+from desk import Desk, kill, pid_of
 from test_faults import assert_nothing_left, assert_same_weights
 
 from dtrain.checkpoint import store

@@ -3,6 +3,7 @@
 python two_nodes.py STORAGE [KEY=VALUE...]        prints the run folder; ends when the driver has
 """
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,7 @@ def main(storage: Path, settings: list[str]) -> int:
     run = runs.create(make_plan(job, place, Machine(num_cores=1, memory_gib=4.0)), "")
     print(run.path, flush=True)
     command = [sys.executable, "-m", "dtrain.runtime", "--run", str(run.path), "--address", cluster.address]
+    command += ["--until", str(os.getpid())]
     try:
         return subprocess.run([*command, "--folder", str(storage)], check=False).returncode
     finally:

@@ -173,7 +173,7 @@ def test_plan_for_a_machine_is_the_plan(dtrain):
 
 
 def test_the_default_cluster_is_the_shipped_one(dtrain):
-    shipped = Path(cli.__file__).parents[1] / "clusters" / "local.yaml"
+    shipped = Path(cli.__file__).parents[2] / "clusters" / "local.yaml"
     without = dtrain("plan", "job.yaml", "--json")
     assert dtrain("plan", "job.yaml", "--json", "--cluster", str(shipped)) == without
 

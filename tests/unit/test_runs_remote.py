@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from making import TWO_CORES, a_cluster, a_job
-from s3_server import served
 
 from dtrain import api, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
@@ -23,18 +22,6 @@ from dtrain.runtime.carrier import Carrier
 from dtrain.storage import Conflict, at
 from dtrain.storage.lease import Lease
 from dtrain.view import logs, tables
-
-
-@pytest.fixture(scope="module")
-def server():
-    with served() as started:
-        yield started
-
-
-@pytest.fixture
-def s3(server):
-    server.clear()
-    return server
 
 
 @pytest.fixture

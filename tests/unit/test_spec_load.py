@@ -111,6 +111,15 @@ train: {{steps: 10}}
         assert line.endswith(end), line
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [("resnet", "cnn"), ("vgg16", "cnn"), ("lstm", "rnn"), ("gpt2", "transformer"), ("vae", "autoencoder")],
+)
+def test_a_network_is_found_by_the_name_it_is_known_by(file, written, meant):
+    (line,) = mistakes(file(replaced(f"{{name: {MODEL}}}", f"{{name: {written}}}")))
+    assert line.endswith(f"there is no model '{written}'; did you mean '{meant}'?")
+
+
 def replaced(old: str, new: str) -> str:
     assert old in GOOD
     return GOOD.replace(old, new)

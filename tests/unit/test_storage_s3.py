@@ -21,18 +21,6 @@ LARGE = 2 * PART + 12345
 SLOW_DOWN = Status(503, "SlowDown")
 
 
-@pytest.fixture(scope="module")
-def server():
-    with served() as started:
-        yield started
-
-
-@pytest.fixture
-def s3(server):
-    server.clear()
-    return server
-
-
 @pytest.fixture
 def unknown():
     """A server that nobody has spoken to yet."""

@@ -27,7 +27,7 @@ def refuse():
     raise BlockingIOError(11, "Resource temporarily unavailable")
 fork = os.fork
 os.fork = lambda: refuse() if os.path.exists(sys.argv[1] + "/full") else fork()
-zygote_server.PRELOAD = ("json",)
+zygote_server.PRELOAD, zygote_server.REACHABLE_CHECK_S = ("json",), 0.1
 zygote_server.main()
 """
 
@@ -251,6 +251,17 @@ def test_it_ends_with_its_cluster_when_nobody_is_connected(serving):
     serving.cluster.wait()
     assert serving.process.wait(PATIENCE_S) == 0
     assert not list(serving.folder.glob("*.sock"))
+
+
+def test_it_ends_when_nobody_can_reach_it_any_more(serving, zygote, log):
+    child = fork(zygote, "wait", log, seconds=600)
+    serving.socket.unlink()
+    with pytest.raises(subprocess.TimeoutExpired):
+        serving.process.wait(0.5)
+    assert child.is_alive
+    zygote.close()
+    assert serving.process.wait(PATIENCE_S) == 0
+    os.close(child.pidfd)
 
 
 def test_clients_may_finish_when_the_cluster_has_gone(serving, zygote, log):
