@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 TIMEOUT_S = 20.0
 PATIENCE_S = 5.0
+AGENT_PATIENCE_S = 60.0
+"""For so long a cluster that has just come up may have nothing yet that starts jobs."""
 """How long a dashboard may refuse connections or be overloaded before that is an error."""
 POLL_S = 1.0
 BEGIN_LOOKS, BEGIN_LOOK_S = 4, 0.5
@@ -214,7 +216,8 @@ def _ask(options: Options, method: str, path: str, body: Any = None) -> Any:
         request.add_header("Content-Type", "application/json")
     if token := _token():
         request.add_header("Authorization", f"Bearer {token}")
-    deadline, wait_s = time.monotonic() + PATIENCE_S, 0.25
+    began, wait_s = time.monotonic(), 0.25
+    deadline = began + PATIENCE_S
     while True:
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:  # noqa: S310
@@ -224,7 +227,9 @@ def _ask(options: Options, method: str, path: str, body: Any = None) -> Any:
             said = error.read().decode(errors="replace")
             if error.code == 404:
                 raise _NotThere(f"{options.address}{path} is not there: {_sentence(said)}") from None
-            if error.code not in (429, 502, 503, 504) or time.monotonic() > deadline:
+            if has_no_agent := "No available agent" in said:
+                deadline = began + AGENT_PATIENCE_S
+            if not (has_no_agent or error.code in (429, 502, 503, 504)) or time.monotonic() > deadline:
                 raise _refused(options, error.code, said) from None
         except (OSError, ValueError) as error:
             if time.monotonic() > deadline:

@@ -63,7 +63,6 @@ def _follow(launcher: "subprocess.Popen[str]", storage: Path, *, is_sharded: boo
         assert third.from_step > 0
     else:
         assert third.from_step >= second.from_step
-    (storage / "stop").touch()
     run.request_stop("the test")
     record = _until(run, lambda record: record.ended, 60)
     assert record.state == "stopped", record

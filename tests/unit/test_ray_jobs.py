@@ -89,6 +89,8 @@ class Dashboard:
 def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[Dashboard]:
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)
+    for name, seconds in {"SETTLE_S": 0.05, "BEGIN_LOOK_S": 0.05, "PATIENCE_S": 1.0}.items():
+        monkeypatch.setattr(ray_jobs, name, seconds)  # this dashboard has nothing behind it that takes its time
     made = Dashboard()
     yield made
     made.close()
@@ -134,6 +136,19 @@ def test_a_job_that_ray_gives_up_unstarted_is_made_again(dashboard: Dashboard) -
     ray_jobs.send(rendered(), dashboard.options, print)
     assert sum(what.startswith("POST") for what in dashboard.asked) == 3
     assert dashboard.jobs["tiny-abcd"]["status"] == "RUNNING"
+
+
+def test_a_cluster_that_has_just_come_up_is_waited_for(dashboard: Dashboard) -> None:
+    def not_yet(what: str) -> Answer:
+        if what.startswith("POST") and sum(w.startswith("POST") for w in dashboard.asked) <= 2:
+            dashboard.jobs.clear()
+            return 500, "RuntimeError: No available agent to submit job, please try again later."
+        return (200, dashboard.jobs["tiny-abcd"]) if dashboard.jobs else (404, "no such job")
+
+    dashboard.before = not_yet
+    ray_jobs.send(rendered(), dashboard.options, print)
+    assert sum(what.startswith("POST") for what in dashboard.asked) == 3
+    assert list(dashboard.jobs) == ["tiny-abcd"]
 
 
 def test_a_submit_whose_answer_was_lost_makes_no_second_job(dashboard: Dashboard) -> None:
