@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 import time
 import traceback
@@ -11,6 +12,7 @@ from tests.benchmarks import harness
 BENCHMARKS = {
     "help": "command",
     "dry-run": "dry_run",
+    "ps": "ps",
     "step": "step",
     "strategies": "strategies",
     "startup": "startup",
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join([*BENCHMARKS, *GROUPS])}; all by default")
     parser.add_argument("--quick", action="store_true", help="few measurements, to see that it works; nothing is kept")
     arguments = parser.parse_args()
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # what is measured has its bytecode, as what is installed has
     unknown = [name for name in arguments.names if name not in BENCHMARKS and name not in GROUPS]
     if unknown:
         parser.error(f"no benchmark {', '.join(unknown)}; there is: {', '.join([*BENCHMARKS, *GROUPS])}")

@@ -2,10 +2,9 @@
 
 import subprocess
 import sys
-import time
 
 from tests.benchmarks.harness import Figure, paired
-from tests.benchmarks.running import DTRAIN
+from tests.benchmarks.running import DTRAIN, seconds
 
 TARGET = 6.0
 HEAVY = "torch, ray, numpy"
@@ -25,8 +24,8 @@ print(sum(name in sys.modules for name in "{HEAVY}".split(", ")), file=sys.stder
 def measure(*, is_quick: bool) -> list[Figure]:
     ours, theirs = [], []
     for number in range(5 if is_quick else 40):
-        theirs.append(_seconds([sys.executable, "-c", "pass"]))
-        ours.append(_seconds([DTRAIN, "--help"]))
+        theirs.append(seconds([sys.executable, "-c", "pass"]))
+        ours.append(seconds([DTRAIN, "--help"]))
         if number == 0:  # caches were cold
             ours, theirs = [], []
     looked = subprocess.run([sys.executable, "-c", LOOK], check=True, capture_output=True, text=True)
@@ -34,9 +33,3 @@ def measure(*, is_quick: bool) -> list[Figure]:
         paired("dtrain --help : python -c pass", ours, theirs, TARGET),
         Figure("heavy packages imported", float(looked.stderr), 0.0, note=f"of {HEAVY}"),
     ]
-
-
-def _seconds(command: list[str]) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    return time.perf_counter() - started

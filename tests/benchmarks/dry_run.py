@@ -3,24 +3,20 @@
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 
 from tests.benchmarks.harness import ROOT, Figure, paired
-from tests.benchmarks.running import DTRAIN
+from tests.benchmarks.running import DTRAIN, seconds, with_kubernetes
 
 TARGET = 2.0
 JOB, CLUSTER = ROOT / "jobs" / "gpt_small.yaml", ROOT / "clusters" / "kind.yaml"
-SERVERS = ROOT / "tests" / "kubernetes"
-"""Where the API server of the tests is; those are no package."""
 
 
 def measure(*, is_quick: bool) -> list[Figure]:
     if shutil.which("kubectl") is None:
         raise SystemExit("kubectl is not installed here, so there is nothing to measure against")
-    sys.path.insert(0, str(SERVERS))
+    with_kubernetes()
     from api_server import ApiServer  # type: ignore[import-not-found]
 
     ours, theirs = [], []
@@ -32,14 +28,8 @@ def measure(*, is_quick: bool) -> list[Figure]:
         objects.write_bytes(subprocess.run(command, check=True, capture_output=True, cwd=folder).stdout)
         rival = ["kubectl", "apply", "--dry-run=client", "-f", str(objects)]
         for number in range(4 if is_quick else 30):
-            theirs.append(_seconds(rival, environment, folder))
-            ours.append(_seconds(command, environment, folder))
+            theirs.append(seconds(rival, env=environment, cwd=folder))
+            ours.append(seconds(command, env=environment, cwd=folder))
             if number == 0:  # caches were cold
                 ours, theirs = [], []
     return [paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET)]
-
-
-def _seconds(command: list[str], environment: dict[str, str], folder: str) -> float:
-    started = time.perf_counter()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment, cwd=folder)
-    return time.perf_counter() - started

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from tests.benchmarks.harness import JOBS, RIVALS, ROOT
 
 DTRAIN = str(Path(sys.executable).with_name("dtrain"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+SERVERS = ROOT / "tests" / "kubernetes"
 CLUSTER = """\
 name: bench
 backend: {{name: local, home: {home}}}
@@ -29,6 +30,19 @@ workers_per_node: 2
 storage: {storage}
 """
 LONG_S = 180.0
+
+
+def seconds(command: Sequence[str], **words: Any) -> float:
+    """How long a command takes, from before its process is made to its end. Raises when it fails."""
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, **words)
+    return time.perf_counter() - started
+
+
+def with_kubernetes() -> None:
+    """Let the API server of the tests be imported: they are no package."""
+    if str(SERVERS) not in sys.path:
+        sys.path.insert(0, str(SERVERS))
 
 
 @contextlib.contextmanager

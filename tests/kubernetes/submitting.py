@@ -8,7 +8,9 @@ from typing import Any
 
 from api_server import ApiServer
 
+from dtrain import runs
 from dtrain.backends import kuberay
+from dtrain.kubernetes import names
 from dtrain.plan import make_plan
 from dtrain.spec.load import load_cluster, load_job
 
@@ -40,6 +42,25 @@ def submission(run_id: str = "gpt_small-k3f9", **words: Any) -> kuberay.Submissi
     backend = cluster.backend.model_copy(update={"namespace": "dtrain", "context": None, **words})
     plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), cluster.model_copy(update={"backend": backend}))
     return kuberay.render(plan, Path(plan.storage) / run_id)
+
+
+def submitted(api: ApiServer, folder: Path, number: int) -> None:
+    """So many runs in `folder` that the cluster of its `cluster.yaml` has taken up; it cannot pull an image of one."""
+    (folder / "cluster.yaml").write_text(CLUSTER.format(folder=folder))
+    plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), load_cluster(folder / "cluster.yaml"))
+    made = submission().objects[0]
+    for count in range(number):
+        run = runs.create(plan, "", f"gpt_small-{count}")
+        metadata = {**made["metadata"], "name": names.object_name(run.id)}
+        metadata["annotations"] = {**metadata["annotations"], names.RUN_ID: run.id}
+        cluster = f"gpt-small-{count}-x"
+        status = {"jobDeploymentStatus": "Initializing", "rayClusterName": cluster}
+        api.put({**made, "metadata": metadata, "status": status})
+    labels = {**names.run_labels("gpt_small-1"), "ray.io/cluster": "gpt-small-1-x", "ray.io/node-type": "worker"}
+    waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image: not found"}
+    containers = [{"name": "ray-worker", "image": "dtrain:test", "state": {"waiting": waiting}}]
+    pod = {"name": "p", "namespace": "dtrain", "labels": labels}
+    api.put({"kind": "Pod", "metadata": pod, "status": {"containerStatuses": containers}})
 
 
 FINALIZER = {"metadata": {"finalizers": ["ray.io/rayjob-finalizer"]}}
