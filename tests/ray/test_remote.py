@@ -160,6 +160,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
 
     # Its driver is killed.
     assert moved.driver_pid is not None
+    _logged(away, run, 2)
     os.kill(moved.driver_pid, signal.SIGKILL)
     _handed_over(away, run)
     again = away.until(run, lambda r: r.driver_pid not in (None, moved.driver_pid) and r.state == "running")
@@ -170,6 +171,7 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
 
     # Its driver only slept, and was believed dead.
     assert again.driver_pid is not None
+    _logged(away, run, 3)
     os.kill(again.driver_pid, signal.SIGSTOP)
     assert RemoteRun(run.storage, run.id).put_back("it was believed dead", again)
     os.kill(again.driver_pid, signal.SIGCONT)
@@ -198,6 +200,13 @@ def test_a_run_outlives_its_node_its_driver_and_a_driver_that_only_slept(away: A
     assert len(away.dtrain("sample", run.id, "--length", "20", "--temperature", "0").stdout) > 5
     assert run.id in away.dtrain("stop", run.id).stdout
     _nothing_is_left(run)
+
+
+def _logged(away: Away, run: Run, attempt: int) -> None:
+    """What is killed a moment after it has printed something takes that along: logs are carried every two seconds."""
+    deadline = time.monotonic() + PATIENCE_S
+    while f"--- attempt {attempt}, from step" not in away.dtrain("logs", run.id, "--rank", "0").stdout:
+        assert time.monotonic() < deadline, away.story(run)
 
 
 def _handed_over(away: Away, run: Run) -> None:
