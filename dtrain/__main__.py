@@ -1,5 +1,5 @@
 """`python -m dtrain` is `dtrain`."""
 
-from dtrain.cli import main
+from dtrain.cli import entry
 
-main()
+entry()

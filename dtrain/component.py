@@ -91,9 +91,14 @@ def names(folder: str) -> tuple[str, ...]:
 
     The files are read, not imported: the helpers beside components may need torch, and may import this module.
     """
-    paths = importlib.import_module(f"dtrain.{folder}").__path__
-    files = [file for path in paths for file in Path(path).glob("[a-z]*.py")]
-    return tuple(sorted(file.stem for file in files if DECLARES_OPTIONS.search(file.read_text(encoding="utf-8"))))
+    files = [file for path in _paths(folder) for file in path.glob("[a-z]*.py")]
+    return tuple(sorted(file.stem for file in files if _declares_options(file)))
+
+
+@cache
+def is_there(folder: str, name: str) -> bool:
+    """Whether there is a component of that name; reads its file alone."""
+    return name.isidentifier() and any(_declares_options(path / f"{name}.py") for path in _paths(folder))
 
 
 def load(folder: str, name: str) -> ModuleType:
@@ -101,10 +106,20 @@ def load(folder: str, name: str) -> ModuleType:
 
     Raises `InputError` with the nearest name when there is no such component.
     """
-    known = names(folder)
-    if name not in known:
-        raise InputError(f"there is no {name!r} in dtrain/{folder}/{suggestion(name, known)}")
+    if not is_there(folder, name):
+        raise InputError(f"there is no {name!r} in dtrain/{folder}/{suggestion(name, names(folder))}")
     return importlib.import_module(f"dtrain.{folder}.{name}")
+
+
+def _paths(folder: str) -> list[Path]:
+    return [Path(path) for path in importlib.import_module(f"dtrain.{folder}").__path__]
+
+
+def _declares_options(file: Path) -> bool:
+    try:
+        return DECLARES_OPTIONS.search(file.read_text(encoding="utf-8")) is not None
+    except FileNotFoundError:
+        return False
 
 
 def suggestion(word: str, known: Iterable[str]) -> str:
@@ -142,7 +157,7 @@ class Choice:
         if isinstance(value, Options) and hasattr(value, "name"):
             return value
         name = value.get("name") if isinstance(value, dict) else None
-        known = name if isinstance(name, str) and name in names(self.folder) else None
+        known = name if isinstance(name, str) and is_there(self.folder, name) else None
         if not isinstance(value, dict):
             raise PydanticKnownError("model_attributes_type")
         if "name" not in value:

@@ -1,8 +1,6 @@
 """What a machine has to compute with: this one, found without torch or ray, or one that a cluster file describes."""
 
 import os
-import shutil
-import subprocess
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -90,6 +88,9 @@ def _memory_gib() -> float:
 
 
 def _gpus() -> tuple[Gpu, ...]:
+    import shutil
+    import subprocess
+
     command = shutil.which("nvidia-smi")
     if command is None:
         return ()

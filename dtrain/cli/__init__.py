@@ -3,7 +3,9 @@
 Nothing heavy is imported before a command runs: `dtrain --help` must answer at once.
 """
 
+import contextlib
 import gc
+import os
 import sys
 
 import click
@@ -30,9 +32,20 @@ cli.section("Look", look.ps, look.status, look.logs, look.metrics, look.sample)
 cli.section("The cluster", cluster.group, cluster.doctor, cluster.supervise, ask.completion)
 
 
+def entry() -> None:
+    """What the shell runs: `main`, and then out at once, since taking thousands of classes down again takes time."""
+    try:
+        main()
+    except SystemExit as leave:
+        with contextlib.suppress(OSError):  # whoever read it has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(leave.code if isinstance(leave.code, int) else 0)
+
+
 def main() -> None:
     """The `dtrain` command: a mistake prints one message and its exit code, a bug its traceback."""
-    gc.set_threshold(50_000)  # the classes of an import are not garbage: looking through them is a tenth of a command
+    gc.set_threshold(500_000)  # the classes of an import are not garbage: looking through them is a tenth of a command
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:

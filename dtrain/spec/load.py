@@ -15,7 +15,6 @@ from dtrain.spec import document, words
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node
 from dtrain.spec.job import SHORT_FORMS, JobSpec, ScriptSpec
-from dtrain.spec.mistakes import in_words
 from dtrain.spec.overrides import CLUSTER, apply_overrides, split_overrides
 
 MAX_MISTAKES = 50
@@ -143,6 +142,8 @@ def _checked(spec: type[Spec], root: Node) -> Spec:
         # Through JSON, where strictness lets a list be a tuple. Files say aliases (`global`) only.
         result = spec.model_validate_json(json.dumps(root.plain()), context=FROM_FILE, **FROM_FILE)
     except pydantic.ValidationError as error:
+        from dtrain.spec.mistakes import in_words
+
         mistakes += in_words(error.errors(include_url=False), spec, root)
     mistakes = _of_either_kind(spec, root, mistakes)
     if result is not None and not mistakes:
