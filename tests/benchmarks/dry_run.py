@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,11 @@ from tests.benchmarks.harness import ROOT, Figure, paired
 from tests.benchmarks.running import DTRAIN, seconds, with_kubernetes
 
 TARGET = 2.0
+FLOOR = """
+import click, yaml, pydantic
+class Options(pydantic.BaseModel):
+    name: str
+"""
 JOB, CLUSTER = ROOT / "jobs" / "gpt_small.yaml", ROOT / "clusters" / "kind.yaml"
 
 
@@ -19,7 +25,7 @@ def measure(*, is_quick: bool) -> list[Figure]:
     with_kubernetes()
     from api_server import ApiServer  # type: ignore[import-not-found]
 
-    ours, theirs = [], []
+    ours, theirs, floor = [], [], []
     command = [DTRAIN, "submit", str(JOB), "--cluster", str(CLUSTER), "--dry-run"]
     with tempfile.TemporaryDirectory() as folder, ApiServer() as api:
         config = api.kubeconfig(Path(folder) / "kubeconfig", namespace="default")
@@ -31,5 +37,5 @@ def measure(*, is_quick: bool) -> list[Figure]:
             theirs.append(seconds(rival, env=environment, cwd=folder))
             ours.append(seconds(command, env=environment, cwd=folder))
             if number == 0:  # caches were cold
-                ours, theirs = [], []
+                ours, theirs, floor = [], [], []
     return [paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET)]
