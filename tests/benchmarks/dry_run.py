@@ -36,6 +36,10 @@ def measure(*, is_quick: bool) -> list[Figure]:
         for number in range(4 if is_quick else 30):
             theirs.append(seconds(rival, env=environment, cwd=folder))
             ours.append(seconds(command, env=environment, cwd=folder))
+            floor.append(seconds([sys.executable, "-c", FLOOR], env=environment, cwd=folder))
             if number == 0:  # caches were cold
                 ours, theirs, floor = [], [], []
-    return [paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET)]
+    return [
+        paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET),
+        paired("Python and the libraries alone : the same", floor, theirs, TARGET, "with one class of pydantic's"),
+    ]
