@@ -22,6 +22,8 @@ COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
 WAITING = frozenset({"queued", "starting"})
 """States in which the cluster knows more of a run than the run's folder."""
+BRINGS_BACK = frozenset({"starting", "pulling", "recovering"})
+"""Phases in which a cluster is about to start a driver: a run whose driver is gone is not lost yet."""
 MAX_METRIC_LINES = 20
 MIN_CAUSE_WIDTH = 10
 """Narrower than this, `ps` leaves causes out."""
@@ -42,6 +44,14 @@ def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
     where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
     seen = {} if sight is None else {"cluster": sight.model_dump()}
     return {**record.model_dump(mode="json"), **where, **seen}
+
+
+def _as_seen(record: runs.Record, sight: "Sight | None") -> runs.Record:
+    """The record as people are to read it: a run without a driver recovers while its cluster says it starts another."""
+    if sight is None or record.state != "lost" or sight.phase not in BRINGS_BACK:
+        return record
+    cause = sight.why or "its cluster starts another driver"
+    return record.model_copy(update={"state": "recovering", "cause": cause, "error_kind": None, "exit_code": None})
 
 
 # -- ps ------------------------------------------------------------------------------------------------------
@@ -71,7 +81,7 @@ def ps(listed: Sequence[runs.Run], width: int, seen: "Mapping[str, Sight] | None
 
 def _ps_row(run: runs.Run, now: float, sight: "Sight | None") -> list[Text]:
     try:
-        record = run.record
+        record = _as_seen(run.record, sight)
         metrics = run.latest(record)
     except StorageError as error:
         cells = [run.id, "unreadable", "", "", "", "", "", error.message]
@@ -104,7 +114,7 @@ def _took(record: runs.Record, now: float) -> float | None:
 
 def status(run: runs.Run, sight: "Sight | None" = None) -> RenderableType:
     """Everything a person may want to know of one run; `sight` is what its cluster says of it."""
-    record, now = run.record, time.time()
+    record, now = _as_seen(run.record, sight), time.time()
     metrics = run.latest(record)
     step = step_of(record, metrics)
     progress = f"step {step:,}"

@@ -6,8 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from api_server import ApiServer
 from submitting import ROOT, submitted
+
+from dtrain import runs
+from dtrain.kubernetes import names
 
 
 def ps(folder: Path, kubeconfig: Path, *words: str) -> subprocess.CompletedProcess[str]:
@@ -39,3 +43,42 @@ def test_many_runs_are_a_few_requests(api: ApiServer, kubeconfig: Path, tmp_path
     done = ps(tmp_path, kubeconfig)
     assert len(api.requests) - before == 3, "two pages of runs, and their pods"
     assert done.stdout.count("gpt_small-") >= 600
+
+
+@pytest.mark.parametrize(
+    ("status", "state"),
+    [
+        ({"jobDeploymentStatus": "Initializing", "rayClusterName": "x"}, "recovering"),
+        ({"jobDeploymentStatus": "Retrying"}, "recovering"),
+        ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "x"}, "lost"),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "its head is gone"}, "lost"),
+        (None, "lost"),
+    ],
+    ids=["starts again", "retries", "does not know", "has ended", "has nothing of it"],
+)
+def test_a_run_whose_head_starts_again_is_not_called_lost(
+    api: ApiServer, kubeconfig: Path, tmp_path: Path, status: dict | None, state: str
+) -> None:
+    """Its driver went with the head, and the cluster is about to start another: that is more than its lease tells."""
+    submitted(api, tmp_path, 1)
+    [run] = runs.list_runs(str(tmp_path / "runs"))
+    run.update(state="running", driver_pid=2**22 + 1)
+    name = names.object_name(run.id)
+    if status is None:
+        api.remove("RayJob", name)
+    else:
+        api.set_status("RayJob", name, status)
+    assert run.record.state == "lost"
+    [row] = [line for line in ps(tmp_path, kubeconfig).stdout.splitlines() if line.startswith(run.id)]
+    assert row.split()[1] == state
+    told = subprocess.run(
+        [sys.executable, "-m", "dtrain", "status", run.id, "-c", str(tmp_path / "cluster.yaml")],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"},
+        timeout=60,
+        check=True,
+    ).stdout
+    assert told.splitlines()[0].split() == [run.id, state]
+    assert ("dtrain resume" in told) == ("exit code" in told) == (state == "lost")
