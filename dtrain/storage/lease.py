@@ -194,6 +194,8 @@ class Lease:
                 raise Fenced(self._lost)
             for is_last in (False, True):
                 begun = self._monotonic()
+                if not self.is_guarded:
+                    self._own()  # the store would let an owner that was succeeded take the run back
                 try:
                     self._version = self._storage.write(self._name, self._text(), if_version=self._version)
                 except Conflict:
@@ -243,9 +245,11 @@ class Lease:
             return
         try:
             if self._token and not self._lost:
-                self._lost = f"run {self.run_id} was given up by {self.owner}"
                 with contextlib.suppress(StorageError):
+                    if not self.is_guarded:
+                        self._own()
                     self._storage.write(self._name, self._text(until=0.0), if_version=self._version)
+                self._lost = self._lost or f"run {self.run_id} was given up by {self.owner}"
         finally:
             self._lock.release()
 
@@ -256,7 +260,8 @@ class Lease:
         if watch.is_alive() and (watch.found is None or watch.found.token != succeeding):
             return False
         found = watch.found
-        self._token = (found.token if found else 0) + 1
+        # A lease that somebody deleted says nothing of its owners, and what they wrote refuses a lower token.
+        self._token = (found.token if found else self._highest()) + 1
         begun = self._monotonic()
         try:
             self._version = self._storage.write(
@@ -267,6 +272,14 @@ class Lease:
             return False
         self._renewed_at, self._lost = begun, None
         return True
+
+    def _highest(self) -> int:
+        """The greatest token that any guarded document bears."""
+        tokens = [0]
+        for name in GUARDED:
+            with contextlib.suppress(NotThere):
+                tokens.append(fencing.read(self._storage, f"{self.run_id}/{name}").get(fencing.TOKEN, 0))
+        return max(tokens)
 
     def _keeps_conditions(self) -> bool:
         """Whether the store refuses to write what is there already. Should it not, it was the same text."""

@@ -289,6 +289,23 @@ def test_where_conditions_are_ignored_it_is_said_and_there_is_one_owner_still():
         after.fenced_write("run.json", b'{"state": "running"}')
 
 
+def test_where_conditions_are_ignored_an_owner_that_wakes_up_does_not_take_the_run_back():
+    with served() as s3:
+        s3.ignores_conditions = True
+        storage = s3.storage("runs")
+        storage.write("run/run.json", b'{"state": "queued"}')
+        first, second = owner(storage), owner(storage, "second", succeeding=1)
+        with pytest.raises(Fenced, match=r"belongs to second now \(owner 2; this was 1\)"):
+            first.renew()
+        assert (lease.standing(storage, "run").token, lease.is_owned(storage, "run")) == (2, True)
+        third = owner(storage, "third", succeeding=2)
+        second.release()  # it has not heard of the third
+        assert (lease.standing(storage, "run").token, lease.is_owned(storage, "run")) == (3, True)
+        third.renew()
+        third.release()
+        assert not lease.is_owned(storage, "run")
+
+
 # -- the zombie --------------------------------------------------------------------------------------------------
 
 
@@ -362,6 +379,21 @@ def test_processes_of_one_owner_may_write_the_same_document(storage):
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(add, range(4)))
     assert fencing.read(storage, "run/notes.json") == {"token": 1, "0": 0, "1": 1, "2": 2, "3": 3}
+
+
+def test_a_run_whose_lease_was_deleted_as_advised_has_a_greater_owner_next(local):
+    first = owner(local)
+    second = owner(local, "second", succeeding=1)
+    local.write("run/lease.json", b"{")
+    with pytest.raises(StorageError, match="delete that file and resume it"):
+        owner(local, "third")
+    local.delete(["run/lease.json"])
+    third = owner(local, "third")
+    assert third.token == 3
+    third.fenced_write("run.json", b'{"state": "running"}')
+    for earlier in (first, second):
+        with pytest.raises(Fenced):
+            earlier.fenced_write("run.json", b'{"state": "failed"}')
 
 
 def test_a_document_that_is_damaged_is_named(local):
