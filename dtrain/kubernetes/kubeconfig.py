@@ -7,7 +7,11 @@ import contextlib
 import logging
 import logging.handlers
 import os
-from collections.abc import Iterator, Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +34,12 @@ LOGINS = {
     "kubelogin": "az login",
 }
 """How to log in again, by the command that a kubeconfig asks for credentials."""
+LOGIN_S = 60.0
+"""Longest time that a login may take with nobody there: its command may wait for a person, or a server, for ever."""
+LOGIN_BY_HAND_S = 900.0
+"""The same on a terminal, where somebody may have to fetch a telephone; codes to type in are good for so long."""
+STOPPED_S = 1.0
+"""How long a login command gets to be gone once it is killed."""
 
 
 class Access:
@@ -43,6 +53,8 @@ class Access:
         """The next move of somebody whose credentials are refused."""
         self._configuration: Any = None
         self._extra: dict[str, str] = {}
+        self._may_hang = False
+        """A command or another server is asked for credentials."""
         self.renew()
 
     @property
@@ -94,10 +106,14 @@ class Access:
             cluster, user = _entry(merged, "cluster", names.get("cluster")), _entry(merged, "user", names.get("user"))
             command = Path(str((user.get("exec") or {}).get("command", ""))).name
             self.login = LOGINS.get(command) or (f"log in again with {command}" if command else self.login)
+            self._may_hang = bool({"exec", "auth-provider"} & user.keys())
+            loader = KubeConfigLoader
             with _heard() as heard:
-                KubeConfigLoader(
-                    merger.config, wanted, config_base_path=None, config_persister=merger.save_changes
-                ).load_and_set(made)
+                self._log_in(
+                    lambda: loader(
+                        merger.config, wanted, config_base_path=None, config_persister=merger.save_changes
+                    ).load_and_set(made)
+                )
         if heard and "exec" in user:
             raise self._no_login(user["exec"], " ".join(heard[-1].split()))
         if urlsplit(made.host).scheme not in ("http", "https") or not urlsplit(made.host).hostname:
@@ -106,6 +122,16 @@ class Access:
         self._extra = {"Impersonate-User": str(user["as"])} if "as" in user else {}
         if "proxy-url" in cluster:
             made.proxy, made.no_proxy = cluster["proxy-url"], None
+
+    def _log_in(self, work: Callable[[], None]) -> None:
+        """Let the library do what may run a login command, to which it sets no limit. Raises `ClusterError`."""
+        if not self._may_hang:
+            work()
+            return
+        limit_s = LOGIN_BY_HAND_S if sys.stdout.isatty() else LOGIN_S  # as the library tells one from the other
+        if not _within(limit_s, work):
+            text = f"{self.source}: its login has not ended after {limit_s:g} s"
+            raise ClusterError(f"{text}; run kubectl by hand to see what it waits for, then {self.login}")
 
     def _no_login(self, wanted: Mapping[str, Any], said: str) -> ClusterError:
         where = f"{self.source}: its login command {wanted.get('command')}"
@@ -138,8 +164,9 @@ class Access:
         """
         headers = {"Accept": "application/json", **api.default_headers, **self._extra}
         if urlsplit(self.server).scheme == "https":
-            with _told(f"{self.source}: its credentials cannot be renewed", self.login):
-                api.update_params_for_auth(headers, [], ["BearerToken"])
+            # What a command says that fails is not shown: the old credentials are refused then, and the next try told.
+            with _told(f"{self.source}: its credentials cannot be renewed", self.login), _heard():
+                self._log_in(lambda: api.update_params_for_auth(headers, [], ["BearerToken"]))
         return {key: value.strip() for key, value in headers.items()}  # a token's file may end with a line's end
 
 
@@ -180,6 +207,8 @@ def _told(what: str, move: str) -> Iterator[None]:
     """Any error of the library as ours: a file, and all that it names, can be wrong in as many ways as it has words."""
     try:
         yield
+    except ClusterError:
+        raise
     except Exception as error:
         problem = " ".join(str(error).split()) or type(error).__name__
         raise ClusterError(f"{what} ({problem[:200]}); {move}") from error
@@ -199,3 +228,38 @@ def _heard() -> Iterator[list[str]]:
     finally:
         root.removeHandler(handler)
         heard += [record.getMessage() for record in handler.buffer if record.module == "kube_config"]
+
+
+def _within(limit_s: float, work: Callable[[], None]) -> bool:
+    """Whether `work` ended in time; what it raises is raised. Otherwise the commands that it ran are ended."""
+    done: Future[None] = Future()
+
+    def act() -> None:
+        try:
+            work()
+            done.set_result(None)
+        except BaseException as error:  # raised where it is waited for
+            done.set_exception(error)
+
+    worker = threading.Thread(target=act, name="login", daemon=True)
+    worker.start()
+    try:
+        done.exception(limit_s)
+    except TimeoutError:
+        return False
+    finally:
+        if not done.done():  # late, or Ctrl-C
+            _kill_children(Path(f"/proc/self/task/{worker.native_id}"))
+            worker.join(STOPPED_S)  # what the library says of it is heard by nobody then
+    done.result()
+    return True
+
+
+def _kill_children(task: Path) -> None:
+    """Kill what a thread has started, and what that has started: a login command is often a script around another."""
+    with contextlib.suppress(OSError):
+        for word in (task / "children").read_text().split():
+            for below in Path(f"/proc/{word}/task").glob("*"):
+                _kill_children(below)
+            with contextlib.suppress(OSError):
+                os.kill(int(word), signal.SIGKILL)

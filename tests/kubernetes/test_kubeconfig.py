@@ -229,6 +229,48 @@ def test_a_login_command_that_is_not_installed(api: ApiServer, tmp_path: Path) -
     assert text.endswith("its login command no-such-plugin is not installed; see https://example.com/ install")
 
 
+WAITS = """
+import pathlib, subprocess, sys, time
+inner = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+pathlib.Path(sys.argv[0] + ".pid").write_text(str(inner.pid))
+inner.wait()
+"""
+
+
+def _is_gone(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2].startswith("Z")
+    except FileNotFoundError:
+        return True
+
+
+@pytest.mark.parametrize("when", ["first", "renewed"])
+def test_a_login_command_that_never_ends(
+    api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, when: str
+) -> None:
+    """It waits for somebody who is not there; neither it nor what it has started is left behind."""
+    status = {"token": api.user("me", [("list", "", "pods")]), "expirationTimestamp": "2001-01-01T00:00:00Z"}
+    told = {"apiVersion": "client.authentication.k8s.io/v1", "kind": "ExecCredential", "status": status}
+    plugin = script(tmp_path / "kubelogin", f"import json; print(json.dumps({told}))" if when == "renewed" else WAITS)
+    path = api.kubeconfig(tmp_path / "k", exec=plugin)
+    if when == "renewed":
+        assert can_list(path)
+        script(tmp_path / "kubelogin", WAITS)
+    monkeypatch.setattr(kubeconfig, "LOGIN_S", 1.0)
+    text = error_of(path)
+    assert text == (
+        f"context loopback of {path}: its login has not ended after 1 s; run kubectl by hand to see what it waits for,"
+        " then az login"
+    )
+    inner = int((tmp_path / "kubelogin.pid").read_text())
+    deadline = time.monotonic() + 5
+    while not _is_gone(inner):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert not any(thread.name == "login" for thread in threading.enumerate())
+    assert capfd.readouterr().err == ""
+
+
 def test_a_login_of_an_old_kind(api: ApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The library knows some of these; where they have nothing to offer the file is named."""
     monkeypatch.setenv("NO_GCE_CHECK", "true")  # this machine is not asked whether it is one of Google's
