@@ -136,22 +136,25 @@ def moment(stamp: str) -> tuple[datetime, str]:
 
 
 def _dashboard(api: Client, run_id: str, options: "KubeRay", follows: bool) -> Iterator[bytes]:
-    """The driver's log as Ray keeps it; nothing where its dashboard cannot be asked."""
-    told = 0
+    """The driver's log as Ray keeps it; nothing where its dashboard cannot be asked.
+
+    Once it told something it is waited for: a head that is lost takes its dashboard along, and its successor has one.
+    """
+    told = b""
     while True:
         job = verbs.find_job(api, run_id, options)
         status = (job or {}).get("status") or {}
         address, job_id = str(status.get("dashboardURL") or ""), status.get("jobId")
+        text = None
         if address and job_id:
             service = address.partition(".")[0]
             text = _job_log(api, options, service, str(job_id), str(status.get("rayClusterName")))
-            if text is None:
-                return
+        if text is not None:
             data = text.encode()
             # A driver that was started again has a log of its own, from the beginning.
-            new, told = (data[told:], len(data)) if len(data) >= told else (data, len(data))
+            new, told = data[len(told) if data.startswith(told) else 0 :], data
             yield from new.splitlines(keepends=True)
-        if not follows or job is None or sight.is_done(job) or not address:
+        if not follows or job is None or sight.is_done(job) or (text is None and not told):
             return
         time.sleep(LOOK_AGAIN_S)
 

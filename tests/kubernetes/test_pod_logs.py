@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 import pytest
 from api_server import ApiServer
@@ -49,14 +50,14 @@ def read(which: str, **words: str) -> bytes:
 class Reader(threading.Thread):
     """Somebody who follows a log."""
 
-    def __init__(self, which: str) -> None:
+    def __init__(self, which: str, **words: Any) -> None:
         super().__init__()
         self.lines: list[bytes] = []
-        self._which = which
+        self._which, self._words = which, words
         self.start()
 
     def run(self) -> None:
-        self.lines += kuberay.logs(RUN, some_options(), self._which, True)
+        self.lines += kuberay.logs(RUN, some_options(**self._words), self._which, True)
 
     def await_lines(self, number: int) -> None:
         await_(lambda: len(self.lines) >= number)
@@ -248,3 +249,23 @@ def test_following_rays_log(run: ApiServer, dashboard: type[Dashboard], monkeypa
     run.remove("RayJob", NAME)
     reader.join()
     assert reader.lines == [b"from Ray\n", "more: ä\n".encode(), b"anew\n"]
+
+
+def test_rays_log_is_followed_through_a_head_that_is_lost(
+    run: ApiServer, dashboard: type[Dashboard], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its dashboard is gone for a while, and the operator tells no address meanwhile."""
+    monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.05)
+    reader = Reader("driver", auth={"mode": "disabled"})
+    reader.await_lines(1)
+    asked = dashboard.asked
+    run.fail(r"/proxy/", status=404, reason="NotFound", times=3)
+    await_(lambda: dashboard.asked > asked)
+    run.set_status("RayJob", NAME, {"jobDeploymentStatus": "Initializing", "rayClusterName": "x-1", "jobId": NAME})
+    time.sleep(0.3)
+    dashboard.text = "from another driver, which has said more by now\n"
+    run.set_status("RayJob", NAME, {**RUNNING, **DASHBOARD})
+    reader.await_lines(2)
+    run.set_status("RayJob", NAME, {**RUNNING, **DASHBOARD, "jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"})
+    reader.join()
+    assert reader.lines == [b"from Ray\n", dashboard.text.encode()]
