@@ -94,14 +94,27 @@ def _pod(api: Client, job: Object | None, namespace: str, which: str) -> Object 
 def _lines(
     api: Client, pod: Object, namespace: str, follows: bool, told: dict[str, _Told]
 ) -> Generator[bytes, None, bool]:
-    """What one pod prints and was not told yet; True when that was cut, and there may be more.
+    """What one pod prints and was not told yet; True when that was cut, and there may be more."""
+    mark = told.setdefault(pod["metadata"]["uid"], _Told())
+    name = pod["spec"]["containers"][0]["name"]
+    asked = [{"container": name, "follow": str(follows).lower()}]
+    states = (pod.get("status") or {}).get("containerStatuses") or ()
+    if not mark.stamp and any(state["name"] == name and state.get("restartCount") for state in states):
+        asked.insert(0, {"container": name, "previous": "true"})  # why it was started again
+    for query in asked:
+        if (yield from _stream(api, pod, namespace, query, mark)):
+            return True
+    return False
+
+
+def _stream(
+    api: Client, pod: Object, namespace: str, query: dict[str, str], mark: _Told
+) -> Generator[bytes, None, bool]:
+    """One answer to a question for a log; True when it was cut.
 
     Lines come with the time at which they were printed, which is how a stream goes on where another was cut.
     """
-    mark = told.setdefault(pod["metadata"]["uid"], _Told())
-    query = {"container": pod["spec"]["containers"][0]["name"], "timestamps": "true", "follow": str(follows).lower()}
-    if mark.stamp:
-        query["sinceTime"] = mark.stamp
+    query = {**query, "timestamps": "true", **({"sinceTime": mark.stamp} if mark.stamp else {})}
     try:
         with api.stream(POD.path(namespace, pod["metadata"]["name"], "log"), query, SILENCE_S) as lines:
             for line in lines:

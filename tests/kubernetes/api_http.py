@@ -309,6 +309,11 @@ class Handler(BaseHTTPRequestHandler):
             if status["name"] == container and "waiting" in status.get("state", {}):
                 text = f'container "{container}" in pod "{target.name}" is waiting to start:'
                 raise Refusal(400, f"{text} {status['state']['waiting'].get('reason', 'ContainerCreating')}")
+        if self.query.get("previous") in ("1", "true"):
+            container += " before"
+            if (target.namespace or "", target.name or "", container) not in self.api.logs:
+                text = f'previous terminated container "{container}" in pod "{target.name}" not found'
+                raise Refusal(400, text)
         key = (target.namespace or "", target.name or "", container)
         with self.api.store.changed:
             lines = [line for line in self.api.logs.get(key, []) if line.at >= self.query.get("sinceTime", "")]

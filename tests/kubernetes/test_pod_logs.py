@@ -95,6 +95,20 @@ def test_a_pod_that_has_not_begun_prints_nothing(run: ApiServer) -> None:
     assert read("head") == b""
 
 
+@pytest.mark.parametrize("follows", [False, True])
+def test_what_a_container_printed_before_it_was_started_again(run: ApiServer, follows: bool) -> None:
+    run.log("x-1-head-a", b"the error\n", container="ray-head before")
+    run.log("x-1-head-a", b"hello again\n")
+    run.log("x-1-gpu-worker-a", b"its log of before is not kept\n")
+    run.set_status("Pod", "x-1-head-a", {"containerStatuses": [{"name": "ray-head", "restartCount": 1}]})
+    run.set_status("Pod", "x-1-gpu-worker-a", {"containerStatuses": [{"name": "ray-worker", "restartCount": 2}]})
+    run.set_status("RayJob", NAME, {**RUNNING, "jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
+    for pod in ("x-1-head-a", "x-1-gpu-worker-a"):
+        run.end_log(pod)
+    told = {which: b"".join(kuberay.logs(RUN, some_options(), which, follows)) for which in ("head", "node-0")}
+    assert told == {"head": b"the error\nhello again\n", "node-0": b"its log of before is not kept\n"}
+
+
 def test_following_through_cuts_repeats_nothing_and_misses_nothing(run: ApiServer) -> None:
     run.log("x-1-head-a", b"0\n1\n")
     reader = Reader("head")
