@@ -83,8 +83,11 @@ def _again(seen: Seen, why: str) -> Verdict:
 class Watcher:
     """Looks over the runs of a storage, again and again; those that have ended are looked at now and then only."""
 
-    def __init__(self, place: str, cluster: "ClusterSpec | None", say: Say) -> None:
-        self._place, self._cluster, self._say = place, cluster, say
+    def __init__(
+        self, place: str, cluster: "ClusterSpec | None", say: Say, alive: Callable[[], None] = lambda: None
+    ) -> None:
+        """`alive` is called at the end of a look, and before each run: to hand many over takes a while."""
+        self._place, self._cluster, self._say, self._alive = place, cluster, say, alive
         self._ended: set[str] = set()
         self._next_full = 0.0
 
@@ -94,6 +97,7 @@ class Watcher:
             self._ended, self._next_full = set(), time.monotonic() + FULL_S
         under_way = 0
         for run in runs.list_runs(self._place, but=self._ended):
+            self._alive()
             if self._has_ended(run):
                 self._ended.add(run.id)
                 continue
@@ -104,6 +108,7 @@ class Watcher:
                     look_at(run, plan.backend if self._cluster is None else self._cluster.backend, self._say)
             except DtrainError as error:  # one run's trouble is not the others'
                 self._say(f"{run.id}: {error.message}")
+        self._alive()
         return under_way
 
     def _has_ended(self, run: runs.Run) -> bool:

@@ -104,10 +104,17 @@ def doctor(as_json: bool) -> None:
 @click.option(
     "--every", "every_s", default=15.0, show_default=True, type=click.FloatRange(1.0), help="Seconds between looks."
 )
-def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: float) -> None:
+@click.option(
+    "--alive",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A file to touch at the beginning and after each look that succeeds: a sign of life for who watches.",
+)
+def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: float, alive: Path | None) -> None:
     """Hand runs over again whose driver was lost.
 
     Under the same name, from their newest valid checkpoint, as often as retry.driver allows."""
+    import signal
     import time
 
     from dtrain import supervise as watching
@@ -116,8 +123,12 @@ def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: fl
     where = where_of(storage, cluster)
     place = _place(cluster, ())[0] if cluster is not None else None
     say(f"looking over the runs in {where}")
-    watcher = watching.Watcher(where, place, say)
-    while True:
+    told: list[int] = []
+    if not once:  # the first process of a container is not ended by a signal that it does not catch
+        signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    watcher = watching.Watcher(where, place, say, lambda: _touch(alive))
+    _touch(alive)
+    while not told:
         try:
             watcher.look()
         except StorageError as error:
@@ -126,7 +137,19 @@ def supervise(storage: str | None, cluster: Path | None, once: bool, every_s: fl
             say(error.message)  # storage that does not answer now may do so later
         if once:
             return
-        time.sleep(every_s)
+        again = time.monotonic() + every_s
+        while not told and (left := again - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+
+
+def _touch(alive: Path | None) -> None:
+    """Say that the supervisor lives. Raises `InputError` when its file cannot be touched."""
+    if alive is None:
+        return
+    try:
+        alive.touch()
+    except OSError as error:
+        raise InputError(f"--alive {alive}: it cannot be touched ({error.strerror}); name a file that can") from error
 
 
 def _place(cluster: Path | None, overrides: tuple[str, ...]) -> "tuple[ClusterSpec, ModuleType]":

@@ -160,6 +160,37 @@ def test_prometheus_finds_the_metrics_of_every_pod(tmp_path: Path) -> None:
         assert set(sources) <= known
 
 
+def test_what_runs_need_in_any_case_stays_beside_what_is_given(tmp_path: Path) -> None:
+    data: Object = {"mount": "/data", "claim": "data"}
+    given: Object = {"volumes": [data], "image_pull_secrets": ["mine"]}
+    values: Values = {"image": {"pullSecrets": ["registry"]}, "clusterFile": {"backend": given}}
+    path = cluster_file(values, tmp_path)
+    backend = yaml.safe_load(path.read_text())["backend"]
+    assert backend["volumes"] == [{"mount": "/mnt/dtrain", "claim": "dtrain-runs"}, data]
+    assert backend["image_pull_secrets"] == ["registry", "mine"]
+    assert load.load_cluster(path)
+
+
+def test_another_volume_in_the_place_of_runs_wins(tmp_path: Path) -> None:
+    mine: Object = {"mount": "/mnt/dtrain", "claim": "mine"}
+    path = cluster_file({"clusterFile": {"backend": {"volumes": [mine]}}}, tmp_path)
+    assert yaml.safe_load(path.read_text())["backend"]["volumes"] == [mine]
+
+
+@pytest.mark.parametrize(
+    "given", [{"autoscaling": {"max_nodes": 4}}, {"standing": {"name": "shared"}}, {"gang": {"scheduler": "volcano"}}]
+)
+def test_runs_that_no_queue_can_hold_back_name_none(given: Object, tmp_path: Path) -> None:
+    path = cluster_file({"kueue": {"enabled": True}, "clusterFile": {"backend": given}}, tmp_path)
+    assert load.load_cluster(path).backend.queue is None
+
+
+@pytest.mark.parametrize("namespace", ["a" * 63, "a" * 39 + "-b", "7-up"])
+def test_the_cluster_file_of_any_namespace_has_a_name(namespace: str, tmp_path: Path) -> None:
+    values: Values = {"runs": {"namespaces": [namespace]}}
+    assert load.load_cluster(cluster_file(values, tmp_path)).backend.namespace == namespace
+
+
 def test_options_of_the_backend_are_taken_over_as_they_are(tmp_path: Path) -> None:
     given: Object = {"worker": {"spot": True}, "network": {"env": {"NCCL_DEBUG": "WARN"}}, "service_account": "other"}
     path = cluster_file({"clusterFile": {"backend": given}}, tmp_path)

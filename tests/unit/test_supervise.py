@@ -1,13 +1,16 @@
 """What is done about a run that says it is under way: a function of what is seen of it, and then done."""
 
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from making import a_run
 
 from dtrain import api, runs, supervise
 from dtrain.backends import Sight
-from dtrain.errors import InputError
+from dtrain.errors import InputError, StorageError
 from dtrain.supervise import Seen, decide
 
 AT_IT = Sight(phase="running")
@@ -122,6 +125,56 @@ def test_trouble_with_one_run_keeps_no_other_from_being_looked_at(tmp_path, monk
     supervise.Watcher(str(tmp_path), None, said.append).look()
     assert [submission.run_path for submission in sent] == [str(good.path)]
     assert any(bad.id in line and "plan.json" in line for line in said)
+
+
+def test_a_sign_of_life_comes_with_each_run_and_each_look_that_succeeds(tmp_path, monkeypatch):
+    for _ in range(2):
+        a_run(tmp_path, state="running", driver_pid=os.getpid())
+    signs: list[str] = []
+    monkeypatch.setattr(supervise, "look_at", lambda *_: signs.append("look"))
+    watcher = supervise.Watcher(str(tmp_path), None, print, lambda: signs.append("alive"))
+    watcher.look()
+    assert signs == ["alive", "look", "alive", "look", "alive"]
+    signs.clear()
+
+    def unreachable(*_, **__):
+        raise StorageError("the storage does not answer; try later")
+
+    monkeypatch.setattr(runs, "list_runs", unreachable)
+    with pytest.raises(StorageError):
+        watcher.look()
+    assert signs == []
+
+
+def test_the_file_of_the_sign_of_life_is_touched_by_each_look(tmp_path):
+    from click.testing import CliRunner
+
+    from dtrain.cli import cli
+
+    alive = tmp_path / "alive"
+    words = ["supervise", "--once", "--storage", str(tmp_path / "runs"), "--alive"]
+    assert CliRunner().invoke(cli, [*words, str(alive)]).exit_code == 0
+    os.utime(alive, (0, 0))
+    assert CliRunner().invoke(cli, [*words, str(alive)]).exit_code == 0
+    assert time.time() - alive.stat().st_mtime < 60
+    result = CliRunner().invoke(cli, [*words, str(tmp_path / "nowhere" / "alive")])
+    assert isinstance(result.exception, InputError)
+    assert "cannot be touched (No such file or directory)" in str(result.exception)
+
+
+def test_a_supervisor_that_is_told_to_end_does_so_between_two_looks(tmp_path):
+    alive = tmp_path / "alive"
+    words = ["supervise", "--storage", str(tmp_path / "runs"), "--every", "600", "--alive", str(alive)]
+    supervisor = subprocess.Popen([sys.executable, "-m", "dtrain", *words], stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 30
+        while not alive.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        supervisor.terminate()
+        assert supervisor.wait(30) == 0
+    finally:
+        supervisor.kill()
 
 
 def test_what_this_machines_cluster_does_not_offer_is_said(tmp_path, monkeypatch):

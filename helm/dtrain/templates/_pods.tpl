@@ -1,12 +1,18 @@
-{{/* What every pod of this chart is held to; dict uid. The image's own user is 1000. */}}
+{{/* What every pod of this chart is held to; dict uid, and gid where it is another number. */}}
 {{- define "dtrain.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: {{ .uid }}
-runAsGroup: {{ .uid }}
-fsGroup: {{ .uid }}
+runAsGroup: {{ .gid | default .uid }}
+fsGroup: {{ .gid | default .uid }}
 fsGroupChangePolicy: OnRootMismatch
 seccompProfile:
   type: RuntimeDefault
+{{- end }}
+
+{{/* Who looks at runs is who runs are: their folders are written by both. The image's own user is 1000. */}}
+{{- define "dtrain.clientSecurity" -}}
+{{- $security := .Values.clusterFile.backend.security | default dict -}}
+{{- include "dtrain.podSecurity" (dict "uid" (dig "user" 1000 $security | int64) "gid" (dig "group" 1000 $security | int64)) }}
 {{- end }}
 
 {{- define "dtrain.containerSecurity" -}}
@@ -24,7 +30,8 @@ azure.workload.identity/use: "true"
 {{- end }}
 {{- end }}
 
-{{/* How a pod with dtrain in it looks at runs: the cluster file, the storage, a place to write. */}}
+{{/* How a pod with dtrain in it looks at runs: the cluster file, the storage, a place to write. It finds the storage as
+     runs do: by the same environment. */}}
 {{- define "dtrain.clientContainer" -}}
 image: {{ include "dtrain.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -35,10 +42,15 @@ resources:
 env:
   - {name: HOME, value: /tmp}
   - {name: PYTHONUNBUFFERED, value: "1"}
-{{- with .Values.storage.existingSecret }}
+  {{- range $name, $value := omit (.Values.clusterFile.backend.env | default dict) "HOME" "PYTHONUNBUFFERED" }}
+  - {name: {{ $name }}, value: {{ $value | quote }}}
+  {{- end }}
+{{- with include "dtrain.secretsOfRuns" . | fromYamlArray }}
 envFrom:
+  {{- range . }}
   - secretRef:
       name: {{ . }}
+  {{- end }}
 {{- end }}
 volumeMounts:
   - {name: cluster, mountPath: /etc/dtrain, readOnly: true}
@@ -46,6 +58,14 @@ volumeMounts:
   {{- if eq .Values.storage.kind "pvc" }}
   - {name: runs, mountPath: {{ .Values.storage.pvc.mountPath }}}
   {{- end }}
+{{- end }}
+
+{{/* Secrets whose keys are environment of runs, as a list in YAML. */}}
+{{- define "dtrain.secretsOfRuns" -}}
+{{- $names := list -}}
+{{- with .Values.storage.existingSecret }}{{ $names = append $names . }}{{ end -}}
+{{- with .Values.clusterFile.backend.env_from }}{{ $names = concat $names . }}{{ end -}}
+{{- $names | uniq | toYaml }}
 {{- end }}
 
 {{- define "dtrain.clientVolumes" -}}
