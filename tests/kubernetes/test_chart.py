@@ -303,6 +303,13 @@ def test_queues_cover_every_resource_of_every_flavor_in_one_order() -> None:
     assert set(quotas) == {one["metadata"]["name"] for one in of_kind(objects(EVERYTHING), "ResourceFlavor")}
 
 
+def test_a_high_priority_is_a_whole_number() -> None:
+    one = {"name": "high", "value": 1_000_000_000, "preempts": True, "description": ""}
+    values: Values = {"priorityClasses": {"default": "high", "classes": [one]}, "kueue": {"enabled": True}}
+    for made in of_kind(objects(values), "PriorityClass", "WorkloadPriorityClass"):
+        assert repr(made["value"]) == "1000000000", "1e+09 is no integer to Kubernetes"
+
+
 def test_kueue_before_its_second_version_is_spoken_to_in_its_own_words() -> None:
     old = objects({"kueue": {"enabled": True, "cohort": "acme", "apiVersion": "v1beta1"}})
     queue = named(old, "ClusterQueue", "dtrain")
