@@ -1,8 +1,9 @@
 """Carries what a process writes into its own folder of a run to the run's storage: every two seconds, and at the end.
 
 Every file has one writer. What grows (events, metrics, logs) goes in pieces (`dtrain.runs.growing`), everything else
-whole once it has stopped changing. None of it decides anything: what counts, the record and the list of checkpoints,
-changes on condition of the lease only.
+whole once it has stopped changing. What counts, the record and the list of checkpoints, changes on condition of the
+lease only. What a script keeps as its own checkpoints has no such list: before each of these files is put or deleted it
+is asked whose the run is.
 """
 
 import contextlib
@@ -51,7 +52,8 @@ class Carrier:
 
         `whole` files are put once they have stopped changing, `slow` ones every half minute, and of `mirrored` ones
         those that are deleted are deleted on storage too. `also` is done each time round. `is_mine` says whether the
-        run still belongs to whoever started this. What logs gain is written to `echo` too.
+        run still belongs to whoever started this, and raises `StorageError` when nobody can tell. What logs gain is
+        written to `echo` too.
         """
         self._storage, self._run_id, self._folder, self._is_mine = storage, run_id, folder, is_mine
         growing = list(growing)
@@ -117,7 +119,7 @@ class Carrier:
             for growing in self._growing:
                 growing.push(self._is_mine)
             self._carry(self._whole, is_last)
-            self._carry(self._mirrored, is_last)
+            self._carry(self._mirrored, is_last, asks=True)
             self._delete(self._mirrored)
             if is_last or time.monotonic() >= self._next_slow:
                 self._next_slow = time.monotonic() + SLOW_PERIOD_S
@@ -139,14 +141,16 @@ class Carrier:
         for path, offset in self._logs.items():
             with contextlib.suppress(OSError), path.open("rb") as file:
                 file.seek(offset)
-                whole = file.read(MAX_ECHO).rpartition(b"\n")
-                self._logs[path] += len(whole[0]) + len(whole[1])
+                text = file.read(MAX_ECHO)
+                # Of a line that is longer, as a bar of progress makes it, nobody waits for the end.
+                whole = text if len(text) == MAX_ECHO and b"\n" not in text else text[: text.rfind(b"\n") + 1]
+                self._logs[path] += len(whole)
                 label = path.stem.encode() + b" | "
-                self._echo.writelines(label + line + b"\n" for line in whole[0].splitlines())
+                self._echo.writelines(label + line + b"\n" for line in whole.splitlines())
         with contextlib.suppress(OSError):
             self._echo.flush()
 
-    def _carry(self, patterns: list[str], at_once: bool) -> None:
+    def _carry(self, patterns: list[str], at_once: bool, asks: bool = False) -> None:
         for pattern in patterns:
             for path in sorted(self._folder.glob(pattern)):
                 name = str(path.relative_to(self._folder))
@@ -155,16 +159,24 @@ class Carrier:
                     is_settled = at_once or self._seen.get(name) == facts
                     self._seen[name] = facts
                     if path.is_file() and is_settled and self._carried.get(name) != facts:
+                        if asks:
+                            self._check_mine()
                         self._storage.upload(path, f"{self._run_id}/{name}")
                         self._carried[name] = facts
 
     def _delete(self, patterns: list[str]) -> None:
-        if not patterns:
+        prefixes = tuple(pattern.partition("*")[0] for pattern in patterns)
+        gone = [n for n in self._carried if n.startswith(prefixes) and not (self._folder / n).exists()]
+        if not gone:
             return
-        gone = [name for name in self._carried if not (self._folder / name).exists()]
+        self._check_mine()
         self._storage.delete([f"{self._run_id}/{name}" for name in gone])
         for name in gone:
             del self._carried[name]
+
+    def _check_mine(self) -> None:
+        if not self._is_mine():
+            raise Fenced(f"run {self._run_id} belongs to somebody else now")
 
 
 def pod_output() -> BinaryIO | None:

@@ -6,7 +6,6 @@ from types import TracebackType
 from typing import Any
 
 from dtrain import bundle, storage
-from dtrain.errors import StorageError
 from dtrain.plan import AnyPlan, ScriptPlan, read_plan
 from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.own_folder import OwnFolder, code_folder
@@ -31,6 +30,14 @@ class OnNode:
     def __enter__(self) -> "OnNode":
         run_id = self._away["run"]
         self._own = OwnFolder(run_id, self._away["token"], str(self._node))
+        try:
+            self._prepare(run_id)
+        except BaseException:
+            self._own.remove()
+            raise
+        return self
+
+    def _prepare(self, run_id: str) -> None:
         plan = arrived_plan(self._place, run_id)
         (self._own.path / "plan.json").write_text(plan.to_json())
         self._carrier = Carrier(
@@ -46,7 +53,6 @@ class OnNode:
         )
         self._carrier.fetch()
         self._carrier.start()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -70,8 +76,5 @@ class OnNode:
         return [f"logs/{name}.log" for name in names]
 
     def _is_mine(self) -> bool:
-        try:
-            found = standing(self._place, self._away["run"])
-        except StorageError:
-            return False
+        found = standing(self._place, self._away["run"])
         return found is not None and found.token == self._away["token"]

@@ -23,13 +23,17 @@ from dtrain.runtime import driver
 from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.joining import join
 from dtrain.runtime.on_node import arrived_plan
-from dtrain.runtime.own_folder import OwnFolder, base
+from dtrain.runtime.own_folder import OwnFolder, base, make_base
 from dtrain.storage import NotThere, Storage
 from dtrain.storage.fencing import Fenced
 from dtrain.storage.lease import Lease
 
 TAKE_OVER_S = 120.0
 """Longest wait for the lease of a driver that was killed just now: it is believed dead after a period."""
+UNGUARDED = (
+    "{} ignores the conditions of writes (If-Match): should a driver that was believed dead wake up while another has"
+    " the run, what both write at one moment may be mixed; update that store, or keep runs in another"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -54,8 +58,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _drive(run: Run, address: str, away: "OnHead | None") -> int:
+    make_base()
     folder = base() / "driver" if away is None else run.path
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     words = ["--run", str(run.path), "--folder", str(folder), "--placed", "--address", address]
     words += ["--lease", str(away.lock)] if away is not None else []
     arguments = driver.arguments_of(words)
@@ -101,11 +106,19 @@ class OnHead:
         where = f"{self._place.uri.rstrip('/')}/{self._run_id}"
         try:
             handshake.check(self._place, self._run_id, _say)
-            plan = arrived_plan(self._place, self._run_id)
         except NotThere:
             raise StorageError(f"{where} is not there: nothing was submitted under this name") from None
         token = self._lease.acquire(TAKE_OVER_S)
-        self._own = OwnFolder(self._run_id, token, "driver")
+        with contextlib.ExitStack() as undo:  # whoever ends the run because this failed must find it free
+            undo.callback(self._lease.release)
+            self._own = OwnFolder(self._run_id, token, "driver")
+            undo.callback(self._own.remove)
+            self._prepare(token)
+            undo.pop_all()
+        return self
+
+    def _prepare(self, token: int) -> None:
+        plan = arrived_plan(self._place, self._run_id)
         self.run = Run(self._own.path)
         self.run.write("plan.json", plan.to_json())
         self._record = self._place.read(f"{self._run_id}/run.json")[0]
@@ -122,8 +135,11 @@ class OnHead:
             echo=pod_output(),
         )
         self._carrier.fetch()
+        if not self._lease.is_guarded and all(event["event"] != "unguarded" for event in self.run.events()):
+            message = UNGUARDED.format(self._place.uri)
+            self.run.event("unguarded", message=message)
+            _say(message)
         self._carrier.start()
-        return self
 
     def __exit__(self, *_: object) -> None:
         self._carrier.close()

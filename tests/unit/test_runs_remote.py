@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +13,18 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from making import TWO_CORES, a_cluster, a_job
 
-from dtrain import api, handshake, runs
+from dtrain import api, bundle, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
 from dtrain.plan import make_plan
 from dtrain.runs import away
 from dtrain.runs.away import RemoteRun
 from dtrain.runs.growing import PIECE_BYTES, Growing, piece
-from dtrain.runtime.carrier import Carrier
+from dtrain.runtime import remote
+from dtrain.runtime.carrier import MAX_ECHO, Carrier
+from dtrain.runtime.on_node import OnNode
+from dtrain.runtime.remote import OnHead
 from dtrain.storage import Conflict, at
-from dtrain.storage.lease import Lease
+from dtrain.storage.lease import Lease, standing
 from dtrain.view import logs, tables
 
 
@@ -209,6 +213,68 @@ def test_what_logs_gain_is_repeated_in_whole_lines(place, tmp_path):
     assert echo.read_bytes() == b"agent-0 | one\nagent-0 | two\n"
 
 
+def test_a_line_without_an_end_does_not_keep_a_log_from_being_repeated(place, tmp_path):
+    echo = tmp_path / "echo"
+    with echo.open("ab") as out:
+        carrier = Carrier(at(place), "run", tmp_path, lambda: True, growing=["rank-0.log"], echo=out)
+        (tmp_path / "rank-0.log").write_bytes(b"\r 7%" * (MAX_ECHO // 4) + b"\r100%\ndone\n")
+        assert carrier._once() and carrier._once()
+    assert echo.read_bytes().endswith(b"rank-0 | 100%\nrank-0 | done\n")
+
+
+def test_only_what_is_mirrored_is_deleted_there_too(place, tmp_path):
+    storage = at(place)
+    carrier = Carrier(storage, "run", tmp_path, lambda: True, whole=["samples/*"], mirrored=["checkpoints/**/*"])
+    for name in ("samples/a.png", "checkpoints/a/state"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert carrier._once(is_last=True)
+    for name in ("samples/a.png", "checkpoints/a/state"):
+        (tmp_path / name).unlink()
+    assert carrier._once(is_last=True)
+    assert [entry.name for entry in storage.entries()] == ["run/samples/a.png"]
+
+
+def test_a_node_that_slept_neither_puts_nor_deletes_what_a_script_keeps(place, tmp_path):
+    storage, owners = at(place), [1]
+    carrier = Carrier(storage, "run", tmp_path, lambda: owners == [1], mirrored=["checkpoints/**/*"])
+    (tmp_path / "checkpoints").mkdir()
+    for name in ("first", "second"):
+        (tmp_path / "checkpoints" / name).write_bytes(b"ours")
+    assert carrier._once(is_last=True)
+    owners.append(2)
+    storage.write("run/checkpoints/first", b"the next owner's")
+    (tmp_path / "checkpoints" / "first").write_bytes(b"ours, late")
+    (tmp_path / "checkpoints" / "second").unlink()
+    carrier.close()
+    assert carrier.lost == "run run belongs to somebody else now"
+    assert storage.read("run/checkpoints/first")[0] == b"the next owner's"
+    carrier.lost = None
+    (tmp_path / "checkpoints" / "first").unlink()
+    carrier.close()
+    assert [entry.name for entry in storage.entries()] == ["run/checkpoints/first", "run/checkpoints/second"]
+
+
+def test_a_carrier_that_storage_does_not_tell_whose_the_run_is_asks_again(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = a_run(place)
+    lease = Lease(run.storage, run.id, "a driver")
+    lease.acquire(renews=False)
+    errors = [StorageError("storage is unwell")]
+
+    def look(*asked):
+        if errors:
+            raise errors.pop()
+        return standing(*asked)
+
+    with OnNode({"storage": place, "run": run.id, "token": lease.token}, 0) as node:
+        monkeypatch.setattr("dtrain.runtime.on_node.standing", look)
+        run.storage.write(f"{run.id}/metrics.jsonl", b"slipped in\n")
+        (node.path / "metrics.jsonl").write_bytes(b'{"step": 1}\n')
+    assert not errors
+    assert run.storage.read(f"{run.id}/metrics.jsonl")[0] == b'{"step": 1}\n'
+
+
 def test_a_carrier_that_was_replaced_says_so_and_stops(place, tmp_path):
     storage = at(place)
     (tmp_path / "x.log").write_text("ours\n")
@@ -288,6 +354,40 @@ def test_a_driver_that_does_not_fit_its_client_says_so_in_the_run(place):
     assert absent.returncode == 6
     assert "nothing was submitted under this name" in absent.stderr
     assert [run.id for run in runs.list_runs(place)] == [run.id]
+
+
+def test_a_driver_that_cannot_begin_gives_the_run_up_and_says_why_in_it(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    run = a_run(place)
+    lost = bundle.Shipped(digest="0" * 64, root="/gone", num_files=1, total_bytes=1)
+    run.storage.write(f"{run.id}/code.json", lost.model_dump_json().encode())
+    assert remote.main(["--storage", place, "--run", run.id]) == 6
+    assert (run.record.state, run.record.exit_code) == ("failed", 6)
+    assert "the code of this run is gone" in run.record.cause
+    assert not run.is_owned()
+    assert not list(tmp_path.glob("dtrain-*/*"))
+    with (
+        pytest.raises(StorageError, match="the code of this run is gone"),
+        OnNode({"storage": place, "run": run.id, "token": 1}, 0),
+    ):
+        pass
+    assert not list(tmp_path.glob("dtrain-*/*"))
+
+
+def test_a_store_that_ignores_conditions_is_named_once_in_the_run(s3, place, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    guarded = a_run(place)
+    with OnHead(guarded.storage, place, guarded.id):
+        pass
+    s3.ignores_conditions = True
+    run = a_run(place)
+    for _ in range(2):
+        with OnHead(run.storage, place, run.id):
+            pass
+    assert [e["event"] for e in guarded.events()] == ["state"]
+    (said,) = [e["message"] for e in run.events() if e["event"] == "unguarded"]
+    assert said.startswith(f"{place} ignores the conditions of writes")
+    assert capsys.readouterr().err.count(said) == 1
 
 
 # -- between drivers ---------------------------------------------------------------------------------------------
