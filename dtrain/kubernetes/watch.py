@@ -11,6 +11,8 @@ SILENCE_S = 45.0
 """A watch that says nothing for so long, not even a bookmark, is opened anew."""
 PAUSE_S = 0.3
 """Between two watches: one that is cut at once, again and again, does not become a flood of requests."""
+MOST_CUTS = 5
+"""Watches in a row that tell nothing before they are cut: then a list asks whether anybody is there at all."""
 
 
 def watch(
@@ -25,15 +27,17 @@ def watch(
         items, version = client.list(kind, namespace, labels, fields)
         found = {item["metadata"]["name"]: item for item in items}
         yield dict(found)
-        while version:
+        num_cuts = 0
+        while version and num_cuts < MOST_CUTS:
             left = deadline - time.monotonic()
             if left <= 0:
                 return
             query = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": version}
             query |= {"timeoutSeconds": str(max(1, round(left)))}
             query |= {key: value for key, value in (("labelSelector", labels), ("fieldSelector", fields)) if value}
+            num_cuts += 1
             for event in _events(client, kind.path(namespace), query, min(left, SILENCE_S)):
-                made = event["object"]
+                made, num_cuts = event["object"], 0
                 if event["type"] == "ERROR":  # 410: what happened since is forgotten
                     version = ""
                     break

@@ -198,6 +198,19 @@ def test_a_watch_ends_in_time_and_leaves_no_connection(api: ApiServer, mine: Cli
     _await(lambda: not api.under_way)
 
 
+@pytest.mark.parametrize("trouble", [{"cut": "before"}, {"status": 503, "message": "etcd is gone"}])
+def test_a_watch_of_a_server_that_is_gone_says_so(api: ApiServer, kubeconfig: Path, trouble: dict) -> None:
+    """It does not wait out its time, for what nobody can tell any more."""
+    with Client(_access(), patience_s=1.0) as mine:
+        seen = watch(mine, POD, "dtrain", timeout_s=60)
+        assert next(seen) == {}
+        api.fail(PODS, times=10**6, **trouble)
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match=r"cannot be reached|503: etcd is gone"):
+            next(seen)
+        assert time.monotonic() - started < 10
+
+
 def test_a_watch_that_is_given_up_is_closed(api: ApiServer, mine: Client) -> None:
     _told(watch(mine, POD, "dtrain", timeout_s=60), lambda _: True)
     api.put(a_pod("x"))
