@@ -188,11 +188,12 @@ class Client:
                 was_renewed = True
                 continue
             wait_s = answer.retry_after_s if answer.retry_after_s is not None else _pause(number)
-            if not _is_trouble(answer.status, number) or time.monotonic() + wait_s > deadline:
+            is_beaten = method == "POST" and _is_beaten(answer)
+            if not (is_beaten or _is_trouble(answer.status, number)) or time.monotonic() + wait_s > deadline:
                 kind = str(body.get("kind", "")) if isinstance(body, dict) else ""
                 asked = Asked(self.access.source, self.access.login, method, path, kind)
                 raise errors.refused(asked, answer.status, answer.body, answer.content_type)
-            self.num_repeated += 1
+            self.num_repeated += not is_beaten  # nothing was carried out, and that is known
             time.sleep(wait_s)
 
     def _once(
@@ -318,6 +319,13 @@ def _is_passing(trouble: BaseException, number: int) -> bool:
 
 def _is_trouble(status: int, number: int) -> bool:
     return status in (429, 502, 503, 504) or (status == 500 and number <= REPEATED_500)
+
+
+def _is_beaten(answer: Answer) -> bool:
+    """Whether something was not made as others made something of the same quota meanwhile: no name is taken by that."""
+    with contextlib.suppress(ValueError):
+        return answer.status == 409 and answer.json().get("reason") == "Conflict"
+    return False
 
 
 def _pause(number: int) -> float:

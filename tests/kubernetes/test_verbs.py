@@ -185,6 +185,21 @@ def test_a_quota_that_is_used_up(api: ApiServer, options: kuberay.Options) -> No
     assert everything(api) == []
 
 
+def test_a_quota_that_others_change_meanwhile(api: ApiServer, options: kuberay.Options) -> None:
+    """Of several who submit at once all but one are told to try again: nobody has their name."""
+    message = 'Operation cannot be fulfilled on resourcequotas "team": the object has been modified'
+    api.fail(JOBS, method="POST", status=409, reason="Conflict", message=message, times=3)
+    api.fail("networkpolicies$", method="POST", status=409, reason="Conflict", message=message)
+    kuberay.check(submission(), options)
+    started, before = time.monotonic(), len(api.requests)
+    api.fail(JOBS, method="POST", status=409, reason="Conflict", message=message, times=3)
+    with operator(api):
+        kuberay.send(submission(), options, print)
+    assert everything(api) == [f"RayJob {NAME}", f"NetworkPolicy {NAME}"]
+    assert time.monotonic() - started < 5
+    assert sum(r.path.endswith("rayjobs") and r.method == "POST" for r in api.requests[before:]) == 4
+
+
 def test_kuberay_is_not_installed(tmp_path: Path) -> None:
     with ApiServer(ray=False) as bare:
         options = some_options(kubeconfig=str(bare.kubeconfig(tmp_path / "bare")))
