@@ -25,7 +25,8 @@ from dtrain.runs.folder import Run
 from dtrain.runs.growing import Growing, file_of, grows
 from dtrain.runs.record import Record
 from dtrain.storage import Conflict, NotThere, Storage
-from dtrain.storage.lease import COMMITTED, Lease, is_owned, standing
+from dtrain.storage.fencing import Fenced
+from dtrain.storage.lease import COMMITTED, Lease, is_owned
 
 NUM_READERS = 32
 FRESH_S = 5.0
@@ -170,6 +171,9 @@ class RemoteRun(Run):
     def update(self, **changes: Any) -> Record:
         data, version = self.storage.read(f"{self.id}/run.json")
         before = self._parsed(data)
+        # A process may sleep between two lines: this one may have been succeeded since it owned the run.
+        if self._owning is not None and before.token > self._owning.token:
+            raise Fenced(f"run {self.id} belongs to a newer owner now ({before.token}; this was {self._owning.token})")
         after = before.model_copy(update=changes)
         self.storage.write(f"{self.id}/run.json", after.model_dump_json(indent=2).encode(), if_version=version)
         if after.state != before.state:
@@ -181,13 +185,12 @@ class RemoteRun(Run):
 
     # -- the lease -----------------------------------------------------------------------------------------
 
-    def acquire(self, is_dead: bool = False) -> int:
+    def acquire(self, dead: Record | None = None) -> int:
         """Own the run for a moment, as a client does who requeues or ends it.
 
-        Of an owner that is known to be dead the lease is taken at once. There is no descriptor to hand on: -1.
+        Of the owner that wrote `dead` the lease is taken at once. There is no descriptor to hand on: -1.
         """
-        found = standing(self.storage, self.id) if is_dead else None
-        succeeding = found.token if found is not None else None
+        succeeding = dead.token if dead is not None else None
         lease = Lease(self.storage, self.id, f"pid {os.getpid()} on {socket.gethostname()}")
         lease.acquire(PATIENCE_S, succeeding=succeeding, renews=False)
         self._owning = lease

@@ -168,12 +168,16 @@ class Run:
 
         Raises `InputError` when it succeeded or is still under way, `StorageError` when somebody took it meanwhile.
         """
-        state = self.record.state
+        seen = self.record
+        state = seen.state
         if state == "succeeded":
             raise InputError(f"run {self.id} has succeeded, nothing is left to do; `dtrain submit` starts a new one")
         if state not in ENDED:
             raise InputError(f"run {self.id} is {state}; `dtrain status {self.id} -f` shows it, `dtrain stop` ends it")
         with self.owned():
+            stored = self.stored_record()
+            if (stored.submissions, stored.driver_pid) != (seen.submissions, seen.driver_pid):
+                raise StorageError(f"somebody else resumed run {self.id} meanwhile; `dtrain status {self.id}` shows it")
             self.clear_stop()
             self.update(
                 state="queued",
@@ -184,7 +188,7 @@ class Run:
                 ended_at=None,
                 driver_pid=None,
                 outcome={},
-                submissions=self.stored_record().submissions + 1,
+                submissions=stored.submissions + 1,
             )
 
     def end_undriven(self, state: State, cause: str, error: DtrainError) -> bool:
@@ -206,7 +210,7 @@ class Run:
         `seen` is the record that this was judged by: False when the run has ended since, or somebody else has put it
         back. Raises `StorageError` when a driver has it all the same.
         """
-        with self.owned(is_dead=True):
+        with self.owned(seen):
             record = self.stored_record()
             if record.ended or (record.submissions, record.driver_pid) != (seen.submissions, seen.driver_pid):
                 return False
@@ -226,7 +230,7 @@ class Run:
 
     def end_dead(self, error: DtrainError) -> None:
         """End a run under way whose driver is known to be dead. Raises `StorageError` when one has it all the same."""
-        with self.owned(is_dead=True):
+        with self.owned(self.stored_record()):
             if not self.stored_record().ended:
                 self._end("stopped" if isinstance(error, Stopped) else "failed", error.message, error)
 
@@ -242,11 +246,11 @@ class Run:
 
     # -- the lease ---------------------------------------------------------------------------------------
 
-    def acquire(self, is_dead: bool = False) -> int:
+    def acquire(self, dead: Record | None = None) -> int:
         """Become the run's one owner until this process, and whoever inherits the descriptor, has ended.
 
-        Returns the descriptor to hand to the agent. That its owner is known to be dead (`is_dead`) changes nothing: it
-        then holds no lock. Raises `StorageError` when somebody else owns the run.
+        Returns the descriptor to hand to the agent. That the owner who wrote the record `dead` is known to be dead
+        changes nothing here: it holds no lock. Raises `StorageError` when somebody else owns the run.
         """
         descriptor = os.open(self.path / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         deadline = time.monotonic() + LEASE_PATIENCE_S
@@ -275,9 +279,9 @@ class Run:
         return self._lease is not None
 
     @contextlib.contextmanager
-    def owned(self, is_dead: bool = False) -> Iterator[None]:
+    def owned(self, dead: Record | None = None) -> Iterator[None]:
         """Own the run for as long as the block lasts. Raises `StorageError` when somebody else owns it."""
-        self.acquire(is_dead)
+        self.acquire(dead)
         try:
             yield
         finally:

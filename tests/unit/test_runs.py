@@ -133,6 +133,19 @@ def test_resuming_forgets_how_the_run_ended_and_keeps_its_attempts(tmp_path):
     assert run.stop_requested is None
 
 
+def test_of_two_who_resume_a_run_at_once_one_does(tmp_path):
+    run = a_run(tmp_path, state="failed", exit_code=3)
+
+    class Slower(runs.Run):
+        def acquire(self, dead=None):
+            runs.Run(self.path).requeue("resumed by another")
+            return super().acquire(dead)
+
+    with pytest.raises(StorageError, match="somebody else resumed run"):
+        Slower(run.path).requeue("resumed")
+    assert (run.record.cause, run.record.submissions) == ("resumed by another", 2)
+
+
 def test_stopping_a_run_that_no_driver_has_taken_up_ends_it(tmp_path):
     run = a_run(tmp_path)
     run.ask_to_stop("me")

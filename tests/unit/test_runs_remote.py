@@ -24,6 +24,7 @@ from dtrain.runtime.carrier import MAX_ECHO, Carrier
 from dtrain.runtime.on_node import OnNode
 from dtrain.runtime.remote import OnHead
 from dtrain.storage import Conflict, at
+from dtrain.storage.fencing import Fenced
 from dtrain.storage.lease import Lease, standing
 from dtrain.view import logs, tables
 
@@ -430,6 +431,36 @@ def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_noth
     everybody(run).end_dead(RetriesExhausted("that was the last one"))
     assert (run.record.state, run.record.exit_code) == ("failed", 4)
     assert not everybody(run).put_back("again", run.stored_record()), "it has ended"
+
+
+def test_who_slept_while_somebody_else_took_the_run_does_not_write_its_record(place):
+    run = a_run(place, state="failed", driver_pid=1)
+    driver = Lease(run.storage, run.id, "a driver")
+
+    class Sleeps(RemoteRun):
+        def clear_stop(self) -> None:  # the last thing before the record
+            assert self._owning is not None
+            driver.acquire(succeeding=self._owning.token, renews=False)
+            under_way = run.stored_record().model_copy(update={"state": "running", "driver_pid": 2})
+            driver.fenced_write("run.json", under_way.model_dump_json().encode())
+
+    with pytest.raises(Fenced, match="belongs to a newer owner now"):
+        Sleeps(run.storage, run.id).requeue("resumed")
+    assert (run.stored_record().state, run.stored_record().driver_pid) == ("running", 2)
+    driver.check()
+    driver.renew()
+
+
+def test_a_driver_that_began_after_its_run_was_judged_dead_keeps_the_run(place):
+    run = a_run(place, state="running", driver_pid=1)
+    Lease(run.storage, run.id, "the dead driver").acquire(renews=False)
+    judged_by = run.stored_record()
+    began = Lease(run.storage, run.id, "the next driver")
+    began.acquire(succeeding=judged_by.token, renews=False)
+    with pytest.raises(StorageError, match="is already being driven, by the next driver"):
+        everybody(run).put_back("its node was lost", judged_by)
+    began.renew()
+    began.fenced_write("run.json", run.stored_record().model_dump_json().encode())
 
 
 def test_threads_that_look_at_a_run_first_copy_to_one_folder():
