@@ -134,6 +134,17 @@ def test_runs_find_names_and_buckets(world: World) -> None:
         assert not world.reaches(source, BUCKET, 22)
 
 
+def test_runs_find_names_where_nodes_have_a_cache_of_them() -> None:
+    on_each_node = Peer("kube-system", {"k8s-app": "node-local-dns"})
+    for values in ({}, GKE):
+        world = World(values)
+        for source in ("head a", "worker a", "supervisor"):
+            for protocol in ("UDP", "TCP"):
+                assert world.reaches(source, on_each_node, 53, protocol)
+                assert world.reaches(source, MACHINE_IDENTITY, 53, protocol) == (values is GKE), "Cloud DNS"
+            assert not world.reaches(source, on_each_node, 22)
+
+
 @pytest.mark.parametrize("values", [{}, GKE, EKS, AKS, ON_PREMISES], ids=["none", "gke", "eks", "aks", "on_premises"])
 def test_runs_do_not_reach_the_api_server_and_the_supervisor_does(values: Values) -> None:
     world = World(values)
