@@ -124,6 +124,25 @@ def test_shipped_cluster_files_name_what_the_chart_makes(backend: Object) -> Non
             assert named(there, "PersistentVolumeClaim", volume["claim"], RUNS)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_cluster_files_say_what_the_chart_does_not_make_by_itself(name: str) -> None:
+    """Kueue admits no pod that asks for what its queue has no quota of; a Secret that is missing is waited for."""
+    path, backend = JOBS.parent / "clusters" / f"{name}.yaml", SHIPPED[name]
+    said = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    secrets = [*backend.get("image_pull_secrets", []), *backend.get("env_from", [])]
+    secrets += [volume["secret"] for volume in backend.get("volumes", []) if "secret" in volume]
+    assert [secret for secret in secrets if f"`{secret}`" not in said] == []
+    if "gang" in backend:
+        assert f"a queue `{backend['gang']['queue']}` of yours" in said
+    if "queue" in backend:
+        assert "kueue.enabled" in said and "remove `queue`" in said
+        quota = said.partition("quota of all that pods ask for:")[2].partition(";")[0]
+        pods = pods_of_run(run_objects(path)).values()
+        asked = {what for pod in pods for what in pod["spec"]["containers"][0]["resources"]["requests"]}
+        assert {"cpu", "memory", "nvidia.com/gpu"} <= asked
+        assert [what for what in sorted(asked) if what not in quota] == []
+
+
 def test_there_are_shipped_cluster_files_for_the_chart() -> None:
     assert len(SHIPPED) >= 5
 
