@@ -101,6 +101,8 @@ def divide(
     wrap: Callable[["nn.Module", Any, dict[str, Any]], Any],
 ) -> "Prepared":
     """What `prepare` does, with `wrap` to make a DeepSpeed engine of a network, its optimizer and the settings."""
+    import torch
+
     from dtrain.models.networks.batch_norm import synchronise
     from dtrain.strategies import Prepared, zero_state
     from dtrain.strategies.engine import restructure, trained_parameters
@@ -154,6 +156,8 @@ def divide(
     if exact:
         for runs in held.values():
             zero_state.fill(runs, exact)  # networks compute with the rounded ones already
+        # The loop's autocast is for losses; a sample would give numbers in fp32 to weights that are not.
+        task.sample = torch.autocast(device.type, torch.bfloat16)(task.sample)  # type: ignore[method-assign]
     return Prepared(
         evaluation_parts=parts,
         engines=engines,

@@ -21,6 +21,7 @@ from world import (
 
 from dtrain.checkpoint import store
 from dtrain.checkpoint.snapshot import Snapshot, path_of
+from dtrain.data import DataShape
 from dtrain.models import Phase, Request, Task, transformer
 from dtrain.models.networks import noise
 from dtrain.plan import Plan
@@ -276,6 +277,20 @@ def test_stage_3_shows_samples_before_it_was_trained(ranks):
     alone = ranks.run(samples, 1, cell_of("Transformer", num_workers=1).plan().to_json(), cell.shape, cell.task)
     assert sampled[0] == sampled[1] == alone[0]
     assert len(alone[0].split()) == 3 + 5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_networks_in_bf16_show_what_they_make(stage, ranks):
+    """They are given random numbers in fp32, and are called outside of the loop's autocast."""
+    cell = Cell(
+        model={"name": "gan", "latent_size": 8, "generator_width": 4, "discriminator_width": 4},
+        shape=DataShape("images", num_classes=4, channels=1, height=8, width=8),
+        strategy={"name": "deepspeed", "stage": stage},
+        train={"precision": "bf16"},
+        steps=1,
+        num_workers=1,
+    )
+    assert ranks.train(cell).outcome["steps"] == 1
 
 
 def samples(rank, num_workers, plan_json, shape, task):
