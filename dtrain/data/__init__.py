@@ -27,7 +27,8 @@ class DataShape:
     """What a batch holds, so which models can learn from it; `b` samples in a batch:
 
     - `tokens`: inputs, targets int64 [b, t]; targets are the next tokens, -1 where nothing is to be predicted;
-    - `masked`: the same, with some inputs hidden; targets are the hidden tokens, -1 elsewhere;
+    - `masked`: the same, with some inputs hidden; targets are the hidden tokens, -1 elsewhere; where every sample has n
+      of them, places int64 [b, n], ascending, may say where they stand: a GPU then need not be waited for;
       both may have documents int64 [b, t], the number within the sample of the document a token belongs to: tokens of
       others are not to be seen;
     - `pairs`: source int64 [b, s], inputs, targets int64 [b, t]: a text and its translation; padded with -1;

@@ -116,7 +116,7 @@ class MaskedWindows:
             )
 
     def batch(self, indices: "np.ndarray", draws: "np.ndarray") -> "dict[str, np.ndarray]":
-        """inputs and targets, int64 [b, t]: targets are the hidden tokens, -1 elsewhere."""
+        """inputs and targets, int64 [b, t]: targets are the hidden tokens, -1 elsewhere; their places, int64 [b, n]."""
         import numpy as np
 
         if self._is_held_out:
@@ -125,7 +125,8 @@ class MaskedWindows:
         tokens = self._tokens[indices[:, None] * self._length + np.arange(self._length)].astype(np.int64)
         inputs, targets = hide(tokens, self._num_hidden, self._separator, draws, self._mask, self._num_tokens)
         separator = self._separator if self._has_documents else None
-        return {"inputs": inputs, "targets": targets, **_documents(tokens, separator)}
+        places = np.nonzero(targets != IGNORED)[1].reshape(len(targets), self._num_hidden)
+        return {"inputs": inputs, "targets": targets, "places": places, **_documents(tokens, separator)}
 
 
 def num_hidden(share: float, length: int) -> int:

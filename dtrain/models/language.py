@@ -79,10 +79,11 @@ class MaskedLanguageModel(_TokenTask):
     """Fills in hidden tokens: mean cross-entropy over them, of which every sample has equally many."""
 
     def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        """Mean nats a hidden token of `batch`: inputs, targets, and perhaps documents, all [b, t]."""
+        """Mean nats a hidden token of `batch`: inputs, targets, perhaps documents, all [b, t], perhaps places [b, n]."""
         del phase
         targets = batch["targets"]
-        nats = parts["model"](batch["inputs"], targets, batch.get("documents"), self._label_smoothing)
+        words = {"smoothing": self._label_smoothing, "hidden_places": batch.get("places")}
+        nats = parts["model"](batch["inputs"], targets, batch.get("documents"), **words)
         return nats / (targets >= 0).sum()
 
     def evaluate(
@@ -91,9 +92,10 @@ class MaskedLanguageModel(_TokenTask):
         """Nats, right answers and targets of one held-out batch."""
         import torch.nn.functional as F  # noqa: N812
 
-        where = batch["targets"] >= 0
-        targets = batch["targets"][where]
-        logits = parts["model"](batch["inputs"], None, batch.get("documents"), hidden_ones=where).float()
+        where, places = batch["targets"] >= 0, batch.get("places")
+        targets = batch["targets"][where] if places is None else batch["targets"].gather(1, places).flatten()
+        words = {"hidden_ones": where, "hidden_places": places}
+        logits = parts["model"](batch["inputs"], None, batch.get("documents"), **words).float()
         return {
             "nats": F.cross_entropy(logits, targets, reduction="sum"),
             "correct": (logits.argmax(1) == targets).sum(),

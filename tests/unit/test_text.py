@@ -412,6 +412,8 @@ def test_a_fixed_number_of_tokens_is_hidden(length: int, share: float, count: in
     assert np.array_equal(found["targets"][hidden], whole[hidden])
     assert np.array_equal(found["inputs"][~hidden], whole[~hidden])
     assert not (found["targets"] == 100).any()
+    assert found["places"].dtype == np.int64
+    assert np.array_equal(found["places"], [np.flatnonzero(row) for row in hidden])
 
 
 def test_hidden_tokens_are_shown_as_bert_does() -> None:

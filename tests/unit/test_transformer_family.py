@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
@@ -209,6 +210,42 @@ def test_hidden_tokens_cost_their_cross_entropy(words: dict[str, object]) -> Non
     assert metrics["loss"] == pytest.approx(plain.item(), rel=1e-5) and sums["targets"] == 12
     answers = net(samples["inputs"]).argmax(2)
     assert metrics["accuracy"] == pytest.approx((answers == samples["targets"]).sum().item() / 12)
+
+
+@pytest.mark.parametrize("words", VARIANTS)
+def test_known_places_of_hidden_tokens_change_nothing_and_need_no_wait(words: dict[str, object]) -> None:
+    """How many elements are nonzero is known to the device alone: asking it stops everything until it has answered."""
+    made, samples = task("masked", init_std=0.3, **words), batch("masked")
+    samples["documents"] = torch.arange(12).expand(4, 12) // 5
+    places = (samples["targets"] != IGNORED).nonzero()[:, 1].view(4, 3)
+    results = []
+    for one in (samples, {**samples, "places": places}):
+        made.parts["model"].zero_grad()
+        asked = Asked()
+        with asked:
+            found = loss(made, one)
+            found.backward()
+            sums = made.evaluate(made.parts, one)
+        slopes = [parameter.grad for parameter in made.parts["model"].parameters()]
+        results.append((asked.number, [found.detach(), *sums.values(), *slopes]))
+    (before, expected), (after, values) = results
+    assert before > 0 and after == 0
+    assert all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
+
+
+class Asked(TorchDispatchMode):
+    """Counts the operations whose result is as large as the device finds."""
+
+    number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += function is torch.ops.aten.nonzero.default or self._has_mask(function, args)
+        return function(*args, **(kwargs or {}))
+
+    @staticmethod
+    def _has_mask(function, args) -> bool:
+        is_index = function is torch.ops.aten.index.Tensor
+        return is_index and any(one is not None and one.dtype == torch.bool for one in args[1])
 
 
 def test_what_was_filled_in_is_shown_beside_what_was_there() -> None:

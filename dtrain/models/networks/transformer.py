@@ -119,16 +119,21 @@ class Encoder(nn.Module):
         documents: torch.Tensor | None = None,
         smoothing: float = 0.0,
         hidden_ones: torch.Tensor | None = None,
+        hidden_places: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """For `inputs` [b, t]: the logits [b, t, vocabulary], or with `targets` [b, t] the sum of cross-entropies.
 
         The sum is in nats over the targets that are not `IGNORED`: a scalar in fp32. With `hidden_ones` (bool [b, t])
         instead, the logits at these places, [n, vocabulary]. Tokens of one of `documents` [b, t] see no other's.
+        `hidden_places` (int64 [b, n / b], ascending) say where either of them are, where that is known.
         """
         where = None
-        if targets is not None:
+        if hidden_places is not None:
+            rows = torch.arange(len(inputs), device=inputs.device)[:, None]
+            where = (hidden_places + rows * inputs.shape[1]).flatten()
+        elif targets is not None:
             hidden_ones = targets != IGNORED
-        if hidden_ones is not None:
+        if where is None and hidden_ones is not None:
             # Before anything else: the device tells the processor how many there are, which waits for all it is doing.
             where = hidden_ones.flatten().nonzero()[:, 0]
         places = mask = None
