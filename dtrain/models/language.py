@@ -79,7 +79,7 @@ class MaskedLanguageModel(_TokenTask):
     """Fills in hidden tokens: mean cross-entropy over them, of which every sample has equally many."""
 
     def loss(self, phase: str, parts: "Mapping[str, nn.Module]", batch: "Mapping[str, torch.Tensor]") -> "torch.Tensor":
-        """Mean nats a hidden token of `batch`: inputs, targets, perhaps documents, all [b, t], perhaps places [b, n]."""
+        """Mean nats a hidden token of `batch`: inputs, targets, perhaps documents, all [b, t], maybe places [b, n]."""
         del phase
         targets = batch["targets"]
         words = {"smoothing": self._label_smoothing, "hidden_places": batch.get("places")}
