@@ -6,6 +6,7 @@ from dtrain import component
 from dtrain.errors import ClusterError
 from dtrain.plan import AnyPlan
 from dtrain.runs import Run
+from dtrain.view import words
 
 
 def waits_for(run: Run, plan: AnyPlan) -> str:
@@ -17,7 +18,11 @@ def waits_for(run: Run, plan: AnyPlan) -> str:
         sight = backend.look(run.id, plan.backend)
     except ClusterError as error:
         return f"its cluster cannot be asked: {error.message}"
-    return f"{sight.phase}: {sight.why}" if sight is not None and sight.why else ""
+    if sight is None:
+        name = words.called(run.where)
+        move = f"if that stays so, `dtrain stop {name}` and then `dtrain resume {name}` start it anew"
+        return f"its cluster has nothing of it; {move}"
+    return f"{sight.phase}: {sight.why}" if sight.why else ""
 
 
 def logs(run: Run, pattern: str, out: BinaryIO, follows: bool) -> bool:
@@ -26,9 +31,10 @@ def logs(run: Run, pattern: str, out: BinaryIO, follows: bool) -> bool:
     backend = component.load("backends", plan.backend.name)
     if not hasattr(backend, "logs"):
         return False
-    which = pattern.removesuffix(".log").removesuffix("-*")
+    if pattern != "driver.log":
+        return False  # workers and agents print into the run's folder, and nowhere else
     written = False
-    for data in backend.logs(run.id, plan.backend, which, follows):
+    for data in backend.logs(run.id, plan.backend, "driver", follows):
         out.write(data)
         out.flush()
         written = written or bool(data)

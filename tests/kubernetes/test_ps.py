@@ -12,12 +12,19 @@ from submitting import ROOT, submitted
 
 from dtrain import runs
 from dtrain.kubernetes import names
+from dtrain.view import cluster
+
+
+def dtrain(verb: str, folder: Path, kubeconfig: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "dtrain", verb, "-c", str(folder / "cluster.yaml"), *words]
+    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    return done
 
 
 def ps(folder: Path, kubeconfig: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "dtrain", "ps", "-c", str(folder / "cluster.yaml"), *words]
-    environment = {**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=60, check=True)
+    return dtrain("ps", folder, kubeconfig, *words)
 
 
 def test_what_the_cluster_says_is_there(api: ApiServer, kubeconfig: Path, tmp_path: Path) -> None:
@@ -71,14 +78,31 @@ def test_a_run_whose_head_starts_again_is_not_called_lost(
     assert run.record.state == "lost"
     [row] = [line for line in ps(tmp_path, kubeconfig).stdout.splitlines() if line.startswith(run.id)]
     assert row.split()[1] == state
-    told = subprocess.run(
-        [sys.executable, "-m", "dtrain", "status", run.id, "-c", str(tmp_path / "cluster.yaml")],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "KUBECONFIG": str(kubeconfig), "COLUMNS": "200"},
-        timeout=60,
-        check=True,
-    ).stdout
+    told = dtrain("status", tmp_path, kubeconfig, run.id).stdout
     assert told.splitlines()[0].split() == [run.id, state]
     assert ("dtrain resume" in told) == ("exit code" in told) == (state == "lost")
+
+
+@pytest.mark.parametrize("words", [(), ("--agent",), ("--rank", "0")])
+def test_logs_that_only_the_folder_has_are_not_looked_for_in_pods(
+    api: ApiServer, kubeconfig: Path, tmp_path: Path, words: tuple[str, ...]
+) -> None:
+    """What pods could print instead is nothing that can be asked for here."""
+    submitted(api, tmp_path, 1)
+    text = dtrain("logs", tmp_path, kubeconfig, "gpt_small-0", *words, code=2).stderr
+    assert text.startswith("error: run gpt_small-0 has no log ")
+    assert text.rstrip().endswith("; there is: none yet")
+
+
+def test_a_waiting_run_that_somebody_deletes_on_the_cluster(api: ApiServer, kubeconfig: Path, tmp_path: Path) -> None:
+    """Whoever follows it is told: nothing will come of it any more."""
+    submitted(api, tmp_path, 1)
+    [run] = runs.list_runs(str(tmp_path / "runs"))
+    assert cluster.waits_for(run, run.plan) == "starting: its pods are being made"
+    api.remove("RayJob", names.object_name(run.id))
+    assert cluster.waits_for(run, run.plan) == (
+        f"its cluster has nothing of it; if that stays so, `dtrain stop {run.where}` and then"
+        f" `dtrain resume {run.where}` start it anew"
+    )
+    dtrain("stop", tmp_path, kubeconfig, run.id)
+    assert run.record.state == "stopped"
