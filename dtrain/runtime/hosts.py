@@ -11,12 +11,11 @@ from typing import Any, Protocol
 
 from dtrain.checkpoint.shared_memory import prefix
 from dtrain.plan import AnyPlan
-from dtrain.runtime.own_folder import base, is_going, make_base
+from dtrain.runtime.own_folder import is_going, node_folder
 from dtrain.runtime.reservation import Reservation
 from dtrain.runtime.zygote import Child, Zygote
 
 GOING_CHECK_S = 1.0
-GOING_PATIENCE = 60
 START_TIMEOUT_S = 600
 
 
@@ -119,12 +118,10 @@ def host_on_node(args: dict[str, Any]) -> None:
 
     from dtrain.runtime.on_node import OnNode
 
-    for _ in range(GOING_PATIENCE):  # nothing is begun on a node that ends in a moment
-        if is_going():
-            time.sleep(GOING_CHECK_S)
+    while is_going():  # nothing is begun on a node that ends in a moment
+        time.sleep(GOING_CHECK_S)
     node = train.get_context().get_world_rank()
-    make_base()
-    folder = base() / f"node-{os.getppid()}"
+    folder = node_folder(os.getppid())
     until = os.getppid()  # the raylet: the zygote stays warm for the next run as long as the node is up
     zygote = Zygote.connect(folder, until)
     gpus = [str(number) for number in get_runtime_context().get_accelerator_ids().get("GPU", [])]

@@ -2,7 +2,8 @@
 
     python -m dtrain.runtime.preempted [--within SECONDS]       before a pod is stopped, or a machine taken back
 
-What runs here writes a checkpoint and goes on elsewhere. Ends at once where nothing runs.
+What runs here writes a checkpoint and goes on elsewhere, and nothing begins here meanwhile. Ends at once where nothing
+runs. A machine that is still there half a minute after SECONDS is taken to have stayed.
 """
 
 import argparse
@@ -12,15 +13,15 @@ import os
 import sys
 import time
 
-from dtrain.runtime.own_folder import GOING, base, make_base
+from dtrain.runtime.own_folder import base, say_going
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Let this node's runs write a checkpoint before it goes away.")
     parser.add_argument("--within", type=float, default=100.0, help="longest wait in seconds")
-    deadline = time.monotonic() + parser.parse_args().within
-    make_base()
-    (base() / GOING).touch()
+    within_s = parser.parse_args().within
+    deadline = time.monotonic() + within_s
+    say_going(within_s)
     while busy := _busy():
         if time.monotonic() > deadline:
             print(f"still at work: {', '.join(busy)}", file=sys.stderr)
