@@ -13,8 +13,10 @@ import yaml
 from chart import (
     CHART,
     EVERYTHING,
+    GKE,
     KIND,
     MINIMAL,
+    ON_PREMISES,
     RUNS,
     VALUE_SETS,
     Object,
@@ -363,6 +365,25 @@ def test_notes_leave_out_what_is_done_already() -> None:
     assert "KubeRay's operator is expected" not in text
     for namespace in ("team-a", "team-b"):
         assert f"kubectl create secret generic dtrain-redis -n {namespace}" in text
+
+
+def test_notes_name_the_secrets_that_pods_wait_for() -> None:
+    text = notes(ON_PREMISES | {"runs": {"namespaces": ["a", "b"], "createNamespaces": False}})
+    assert "Secrets, of yours, in a and in b: registry, dtrain-storage" in text
+    assert "Secrets, of yours" not in notes({})
+
+
+def test_notes_say_what_a_queue_has_no_quota_of() -> None:
+    network = {"network": {"resources": {"rdma/ib": 1}}, "worker": {"scratch_gib": 100}}
+    asked = GKE["clusterFile"] | {"backend": network}
+    lacking = {"kueue": {"enabled": True}, "clusterFile": asked}
+    assert "ask for nvidia.com/gpu, ephemeral-storage, rdma/ib:" in notes(lacking)
+    quota = {"cpu": 1, "memory": "1Gi", "nvidia.com/gpu": 8, "ephemeral-storage": "1Ti", "rdma/ib": 8}
+    whole = {"enabled": True, "flavors": [{"name": "all", "quota": quota}]}
+    for values in (lacking | {"kueue": whole}, {"clusterFile": asked}, EVERYTHING):
+        assert "has no quota of" not in notes(values)
+    alone = lacking | {"clusterFile": asked | {"nodes": 1}}
+    assert "ask for nvidia.com/gpu, ephemeral-storage:" in notes(alone), "one node needs no fabric"
 
 
 def test_the_jobs_that_notes_name_exist() -> None:

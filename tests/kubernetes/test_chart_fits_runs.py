@@ -1,10 +1,12 @@
 """What the chart installs and what dtrain sends fit together: its cluster file, planned and rendered by dtrain."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from chart import (
+    CHART,
     EKS,
     EVERYTHING,
     GKE,
@@ -31,6 +33,16 @@ def test_the_cluster_file_is_one(values: Values, tmp_path: Path) -> None:
     cluster = load.load_cluster(cluster_file(values, tmp_path))
     assert cluster.backend.name == "kuberay"
     assert not cluster.storage.startswith("runs")
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.*?)```", (CHART / "README.md").read_text(), re.DOTALL))
+def test_the_values_that_the_readme_shows_lead_to_runs(text: str, tmp_path: Path) -> None:
+    path = cluster_file(yaml.safe_load(text), tmp_path)
+    (group,) = run_objects(path)[0]["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    place = load.load_cluster(path)
+    assert place.machine is not None and group["replicas"] == place.nodes
+    asked = group["template"]["spec"]["containers"][0]["resources"]["requests"]
+    assert asked.get("nvidia.com/gpu", 0) == len(place.machine.gpus)
 
 
 @every_values

@@ -1,10 +1,13 @@
 """What the chart refuses before anything is sent: the message names the value."""
 
+from pathlib import Path
 from typing import Any
 
 import helm_python as helm
 import pytest
-from chart import CHART, VALUE_SETS, Values, objects
+from chart import CHART, VALUE_SETS, Values, cluster_file, objects
+
+from dtrain.spec import load
 
 
 def _at(path: str, value: Any) -> Values:
@@ -78,6 +81,23 @@ def test_values_that_need_each_other_are_told_together_with_the_next_move() -> N
     assert "keep one of the two" in told
     assert "'urgent'" in told.replace('"', "'") and "low, normal, high" in told
     assert "a has a topology" in told and "a name is there twice" in told
+
+
+def test_names_with_dots_are_taken_where_kubernetes_takes_them(tmp_path: Path) -> None:
+    values: Values = {
+        "image": {"pullSecrets": ["registry.example.com"]},
+        "storage": {"pvc": {"name": "runs.v2"}, "existingSecret": "storage.keys"},
+        "redis": {"enabled": True, "existingSecret": "redis.password"},
+    }
+    backend = load.load_cluster(cluster_file(values, tmp_path)).backend
+    assert (backend.image_pull_secrets, backend.env_from) == (("registry.example.com",), ("storage.keys",))
+    assert backend.volumes[0].claim == "runs.v2"
+
+
+@pytest.mark.parametrize("host", ["acme.iam", "acme.com.acme.iam", "developer"])
+def test_any_google_service_account_is_taken(host: str) -> None:
+    account = {"provider": "gke", "gkeServiceAccount": f"123456-compute@{host}.gserviceaccount.com"}
+    assert objects({"storage": {"identity": account}})
 
 
 def test_a_folder_of_the_nodes_is_not_shared_between_namespaces() -> None:

@@ -55,6 +55,21 @@ app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 {{- end }}
 
+{{/* What runs of the cluster file ask for and no flavor of Kueue has a quota of, as a list in YAML. */}}
+{{- define "dtrain.withoutQuota" -}}
+{{- $covered := list -}}
+{{- range .Values.kueue.flavors }}{{ $covered = concat $covered (keys .quota) }}{{ end -}}
+{{- $asked := list "cpu" "memory" -}}
+{{- with .Values.clusterFile -}}
+{{- if .machine.gpus }}{{ $asked = append $asked (dig "worker" "gpu_resource" "nvidia.com/gpu" .backend) }}{{ end -}}
+{{- if dig "worker" "scratch_gib" "" .backend }}{{ $asked = append $asked "ephemeral-storage" }}{{ end -}}
+{{- if gt (int .nodes) 1 }}{{ $asked = concat $asked (dig "network" "resources" dict .backend | keys | sortAlpha) }}{{ end -}}
+{{- end -}}
+{{- $missing := list -}}
+{{- range $asked }}{{ if and $.Values.kueue.enabled (not (has . $covered)) }}{{ $missing = append $missing . }}{{ end }}{{ end -}}
+{{- $missing | toYaml }}
+{{- end }}
+
 {{/* The namespace of KubeRay's operator. */}}
 {{- define "dtrain.operatorNamespace" -}}
 {{- with .Values.networkPolicy.operator.namespace -}}
