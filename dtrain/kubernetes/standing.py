@@ -30,21 +30,16 @@ def up(options: "KubeRay", say: Say) -> dict[str, Any]:
     with client.of(options) as api:
         made, *others = render.cluster_objects(options)
         try:
-            cluster = api.create(RAY_CLUSTER, namespace, made)
+            cluster, is_new = api.create(RAY_CLUSTER, namespace, made), True
             say(f"making Ray cluster {name} in namespace {namespace}")
         except Refused as refusal:
             found = api.get(RAY_CLUSTER, namespace, name) if refusal.code == 409 else None
             if found is None:
                 raise
             _check_is_ours(found, options)
-            cluster = found
+            cluster, is_new = found, False
         for other in others:
-            owned = {**other["metadata"], "ownerReferences": [verbs.owner_reference(cluster)]}
-            try:
-                api.create(verbs.kind_of(other), namespace, {**other, "metadata": owned})
-            except Refused as refusal:
-                if refusal.code != 409:
-                    raise
+            verbs.create_beside(api, other, cluster, is_new)
         _await_ready(api, options, say)
         for text in dict.fromkeys(api.warnings):
             say(f"the cluster warns: {text}")
@@ -72,8 +67,10 @@ def scale(options: "KubeRay", num_nodes: int, say: Say) -> dict[str, Any]:
     if num_nodes < 0:
         raise InputError(f"{num_nodes} nodes cannot be had; give 0 or more")
     with client.of(options) as api:
-        if api.get(RAY_CLUSTER, options.namespace, name) is None:
+        found = api.get(RAY_CLUSTER, options.namespace, name)
+        if found is None:
             raise _missing(options)
+        _check_is_ours(found, options)
         at = "/spec/workerGroupSpecs/0"
         # minReplicas goes down first and maxReplicas up first in one patch: it is checked as a whole.
         fields = {"replicas": num_nodes, "minReplicas": num_nodes, "maxReplicas": max(1, num_nodes)}

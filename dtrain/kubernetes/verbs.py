@@ -55,7 +55,7 @@ def send(submission: Sendable, options: "KubeRay", say: Say) -> None:
         job, is_new = _create_job(api, submission, options, say)
         try:
             for made in submission.objects[1:]:
-                _create_beside(api, made, job, is_new)
+                create_beside(api, made, job, is_new)
             _await_first_word(api, submission)
         except (ClusterError, KeyboardInterrupt):
             if not is_new:
@@ -122,8 +122,11 @@ def _is_handed_over(found: Object, submission: Sendable, is_own: bool) -> bool:
     return True
 
 
-def _create_beside(api: Client, made: Object, owner: Object, is_new: bool) -> None:
-    """An object that belongs to the RayJob and goes with it."""
+def create_beside(api: Client, made: Object, owner: Object, is_new: bool) -> None:
+    """Create an object that belongs to a RayJob or RayCluster, which may be new, and goes with it.
+
+    Raises `ClusterError` where another has its name, and keeps it.
+    """
     metadata = {**made["metadata"], "ownerReferences": [owner_reference(owner)]}
     deadline = time.monotonic() + GONE_S
     while True:
@@ -134,7 +137,7 @@ def _create_beside(api: Client, made: Object, owner: Object, is_new: bool) -> No
         except Refused as refusal:
             if refusal.code != 409 or time.monotonic() > deadline:
                 raise
-        # Where it may not be read, it is this run's if the RayJob was there before, or an answer was lost.
+        # Where it may not be read, it is this owner's if that was there before, or an answer was lost.
         found, is_readable = _find(api, made)
         owners = (found or {}).get("metadata", {}).get("ownerReferences") or ()
         if any(reference["uid"] == owner["metadata"]["uid"] for reference in owners):

@@ -1,5 +1,6 @@
 """A Ray cluster that stays: made, scaled, looked at and taken down, with what is told while one waits."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -105,10 +106,27 @@ def test_what_it_waits_for_is_told_and_not_for_ever(
 
 def test_somebody_elses_cluster_is_left_alone(api: ApiServer, options: kuberay.Options) -> None:
     api.put({"kind": "RayCluster", "metadata": {"name": "shared", "namespace": "dtrain"}, "spec": {}})
-    for verb in (lambda: kuberay.cluster_up(options, print), lambda: kuberay.cluster_down(options)):
+    for verb in (
+        lambda: kuberay.cluster_up(options, print),
+        lambda: kuberay.cluster_scale(options, 3, print),
+        lambda: kuberay.cluster_down(options),
+    ):
         with pytest.raises(ClusterError, match="has a Ray cluster shared that dtrain did not make"):
             verb()
-    assert api.get("RayCluster", "shared") is not None
+    assert "workerGroupSpecs" not in api.get("RayCluster", "shared")["spec"]
+
+
+def test_up_right_after_down(api: ApiServer, options: kuberay.Options) -> None:
+    """What belonged to the cluster before is collected a little later; the new one has its own."""
+    left = {"name": "shared", "namespace": "dtrain", "ownerReferences": [{"kind": "RayCluster", "uid": "before"}]}
+    api.put({"kind": "NetworkPolicy", "metadata": left})
+    collector = threading.Timer(1.0, lambda: api.remove("NetworkPolicy", "shared"))
+    collector.start()
+    with operator(api):
+        kuberay.cluster_up(options, print)
+    collector.join()
+    uid = api.get("RayCluster", "shared")["metadata"]["uid"]
+    assert api.get("NetworkPolicy", "shared")["metadata"]["ownerReferences"][0]["uid"] == uid
 
 
 def test_what_cannot_be_asked_for(api: ApiServer, options: kuberay.Options, kubeconfig: str) -> None:
