@@ -38,11 +38,13 @@ def evaluate(
         for number, (_, counts) in enumerate(chosen):
             beat(number)
             samples = next(batches)
+            # Workers add up on the device, wherever a task has counted.
+            device = next(iter(samples.values())).device
             for name, value in task.evaluate(parts, samples).items():
                 # A zero of every name: workers that count nothing must know the names too.
-                before = totals.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+                before = totals.setdefault(name, torch.zeros((), dtype=torch.float64, device=device))
                 if counts and is_counted:
-                    before += value.double()
+                    before += value.double().reshape(())
     for part in parts.values():
         part.train()
     if dist.is_initialized():

@@ -22,7 +22,7 @@ class StepMetrics:
         self._since = time.monotonic()
 
     def add(self, phase: str, loss: torch.Tensor) -> None:
-        self._losses[phase] += loss.detach()
+        self._losses[phase] += loss.detach().reshape(())
         self._num_losses[phase] += 1
 
     def end_step(self, norm: torch.Tensor) -> None:

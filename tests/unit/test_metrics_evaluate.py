@@ -100,6 +100,13 @@ def test_several_phases_are_told_apart_and_added_up(clock):
     assert metrics.read()["loss_a"] == 0.0
 
 
+def test_a_loss_in_brackets_is_a_number_too(clock):
+    """The loop takes any tensor of one number for a loss."""
+    metrics = StepMetrics(CPU, ["train"], 1, 0)
+    metrics.add("train", torch.ones(1, requires_grad=True) * 3)
+    assert metrics.read()["loss"] == 3.0
+
+
 def test_adding_does_not_hold_on_to_the_graph(clock):
     metrics = StepMetrics(CPU, ["train"], 1, 0)
     metrics.add("train", torch.ones((), requires_grad=True) * 2)
@@ -175,6 +182,25 @@ def test_sums_are_exact_beyond_fp32():
     big.batch = lambda indices, draws: {"n": indices + 2**24, "drawn": draws.view(np.int64)}
     found = evaluate(task, {}, reading(big), 3, 1, 0, 1, lambda _: None)
     assert found["sum"] == 3 * 2**24 + 3
+
+
+def test_a_sum_in_brackets_is_a_number_too():
+    task = Task()
+    task.evaluate = lambda parts, batch: {"sum": batch["n"].sum()[None], "count": torch.ones(1)}
+    found = evaluate(task, {}, reading(Numbers(5)), 5, 2, 0, 1, lambda _: None)
+    assert (found["sum"], found["count"]) == (10.0, 3.0)
+
+
+def test_workers_add_up_where_the_samples_are(monkeypatch):
+    """A task may count in the host's memory, where NCCL adds nothing up; `meta` stands for a device here."""
+    found = {}
+    monkeypatch.setattr(module.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(module, "_add_up", lambda totals: found.update(totals) or dict.fromkeys(totals, 1.0))
+    task = Task()
+    task.evaluate = lambda parts, batch: {"sum": batch["n"].sum(), "count": torch.tensor(2)}
+    on_device = lambda wanted: ({"n": torch.zeros(2, device="meta")} for _ in wanted)  # noqa: E731
+    evaluate(task, {}, on_device, 4, 2, 0, 1, lambda _: None)
+    assert {name: total.device.type for name, total in found.items()} == {"sum": "meta", "count": "meta"}
 
 
 @settings(deadline=None)
