@@ -137,7 +137,13 @@ def set_learning_rate(groups: list[dict[str, object]], learning_rate: float) -> 
 
 
 def restructure(task: Task, plan: Plan) -> None:
-    """Batch norm over all workers, activation checkpointing and compilation, before any wrapper sees the model."""
+    """Batch norm over all workers, activation checkpointing and compilation, before any wrapper sees the model.
+
+    And how convolutions are computed: where every batch has the same shapes, cuDNN tries its algorithms once and keeps
+    the quickest. A user's own model or data may have other shapes in every step, each of which would be tried anew.
+    """
+    if plan.workers.device == "cuda" and "custom" not in (plan.model.name, plan.data.name):  # type: ignore[attr-defined]
+        torch.backends.cudnn.benchmark = not torch.are_deterministic_algorithms_enabled()
     if plan.workers.total > 1:
         for part in task.parts.values():
             synchronise(part)
