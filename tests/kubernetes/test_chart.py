@@ -367,6 +367,15 @@ def test_notes_leave_out_what_is_done_already() -> None:
         assert f"kubectl create secret generic dtrain-redis -n {namespace}" in text
 
 
+@pytest.mark.parametrize("values", [{}, EVERYTHING], ids=["defaults", "everything"])
+def test_what_the_doctor_said_is_read_where_its_pods_are(values: Values) -> None:
+    """`helm test --logs` looks for every hook as a pod in the namespace of the release."""
+    text = notes(values)
+    for doctor in of_kind(objects(values), "Pod"):
+        assert f"kubectl logs -n {doctor['metadata']['namespace']} {doctor['metadata']['name']}" in text
+    assert "--logs" not in text
+
+
 def test_notes_name_the_secrets_that_pods_wait_for() -> None:
     text = notes(ON_PREMISES | {"runs": {"namespaces": ["a", "b"], "createNamespaces": False}})
     assert "Secrets, of yours, in a and in b: registry, dtrain-storage" in text

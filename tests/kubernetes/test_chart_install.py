@@ -143,6 +143,21 @@ def test_installed_tested_upgraded_and_taken_away(server: ApiServer, cluster: he
     assert _there(server) - before == {("Namespace", None, RUNS), ("PersistentVolumeClaim", RUNS, "dtrain-runs")}
 
 
+def test_what_an_uninstallation_kept_is_taken_up_by_the_same_release_only(
+    server: ApiServer, cluster: helm.Config, tmp_path: Path
+) -> None:
+    chart, before = str(with_operator(tmp_path)), _there(server)
+    cluster.install(chart, "dtrain", {})
+    claim = server.get("PersistentVolumeClaim", "dtrain-runs", RUNS)
+    cluster.uninstall("dtrain")
+    with pytest.raises(helm.HelmError, match="invalid ownership metadata"):
+        cluster.install(chart, "other", {})
+    cluster.install(chart, "dtrain", {})
+    assert _there(server) - before == _wanted({})
+    again = server.get("PersistentVolumeClaim", "dtrain-runs", RUNS)
+    assert claim and again and again["metadata"]["uid"] == claim["metadata"]["uid"]
+
+
 def test_helm_test_fails_where_runs_cannot_be(server: ApiServer, cluster: helm.Config, tmp_path: Path) -> None:
     cluster.install(str(with_operator(tmp_path)), "dtrain", {"storage": {"pvc": {"accessMode": "ReadWriteOnce"}}})
     with _kubelet(server, tmp_path) as printed, pytest.raises(helm.HelmError):
