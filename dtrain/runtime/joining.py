@@ -1,6 +1,7 @@
 """How a driver comes to its cluster, and a waiting one to its run."""
 
 import argparse
+import contextlib
 import os
 import select
 import socket
@@ -56,7 +57,7 @@ def await_run(folder: Path, until: int) -> Path | None:
                 if listener.fileno() not in ready:
                     return None
                 connection, _ = listener.accept()
-                with connection:
+                with connection, contextlib.suppress(OSError):  # who did not wait for the answer starts another driver
                     word = connection.recv(4096).decode()
                     if word == "leave":
                         return None

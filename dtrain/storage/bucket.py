@@ -51,6 +51,12 @@ def open(  # noqa: A001
 ) -> "Bucket":
     """The runs below a URI. Asks nobody yet. Raises `InputError` for a URI that nobody serves."""
     parts = urlsplit(place)
+    place = place.partition("?")[0]  # behind it stands a signature at times: nothing to repeat
+    if parts.password is not None:
+        raise InputError(
+            f"a storage is {parts.scheme}://BUCKET/FOLDER, without a password in it: credentials come from the store's"
+            " own chain of profiles, environment and workload identity"
+        )
     if parts.scheme not in STORES:
         raise InputError(f"{place}: nobody here serves {parts.scheme}://; use a folder, s3://, gs:// or abfs://")
     if not parts.netloc or parts.query or parts.fragment:

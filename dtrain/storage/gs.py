@@ -86,13 +86,16 @@ class Gs:
 
     def finish(self, key: str, upload: str, mark: str, receipts: list[str]) -> None:
         groups = [receipts[at : at + NUM_COMPOSED] for at in range(0, len(receipts), NUM_COMPOSED)]
-        sources = receipts
-        if len(groups) > 1:
-            sources = [f"{upload}-group-{number:04d}" for number in range(len(groups))]
-            for source, group in zip(sources, groups, strict=True):
-                self._compose(source, group, "")
-        self._compose(key, sources, mark)
-        self.delete([*receipts, *(source for source in sources if source not in receipts)])
+        names = [f"{upload}-group-{number:04d}" for number in range(len(groups))] if len(groups) > 1 else []
+        try:
+            for name, group in zip(names, groups, strict=False):
+                self._compose(name, group, "")
+            self._compose(key, names or receipts, mark)
+        except _Refused as error:
+            # A try before this one may have composed it, and got no further than to delete some of the parts.
+            if error.status != 404 or self.facts(key)[2] != mark:
+                raise
+        self.delete([*receipts, *names])
 
     def abandon(self, key: str, upload: str, num_parts: int) -> None:
         groups = [f"{upload}-group-{number:04d}" for number in range(math.ceil(num_parts / NUM_COMPOSED))]

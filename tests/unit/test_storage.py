@@ -1,6 +1,7 @@
 """What every storage promises: whole objects, conditions that hold, listings that lack nothing."""
 
 import fcntl
+import json
 import os
 import subprocess
 import sys
@@ -8,6 +9,8 @@ import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 from s3_server import KINDS, PART, both_kinds
@@ -15,6 +18,8 @@ from s3_server import KINDS, PART, both_kinds
 from dtrain import storage as places
 from dtrain.errors import InputError, StorageError
 from dtrain.storage import Conflict, Entry, NotThere, folder
+from dtrain.storage.gs import Gs
+from dtrain.storage.gs import _Refused as Refused
 
 SOURCE = Path(__file__).parents[2]
 
@@ -280,6 +285,54 @@ def test_a_place_is_a_folder_or_a_uri(tmp_path, monkeypatch):
 def test_a_place_that_nobody_serves(place, said):
     with pytest.raises(InputError, match=said):
         places.at(place)
+
+
+@pytest.mark.parametrize("place", ["s3://AKIA5:hush@bucket/runs", "abfs://c@a.dfs.core.windows.net/r?sv=1&sig=hush"])
+def test_a_secret_in_a_place_is_refused_and_not_repeated(place):
+    with pytest.raises(InputError, match=r"a storage is (s3|abfs)://BUCKET/FOLDER") as refused:
+        places.at(place)
+    assert "hush" not in str(refused.value)
+
+
+class PartsOfGs(Gs):
+    """A bucket that forgets nothing and takes no connection: the parts of one upload, and a store that is unwell."""
+
+    def __init__(self, parts):
+        self._bucket, self.files = "b", SimpleNamespace(base="")
+        self.marks = dict.fromkeys(parts, "")
+        self.is_unwell = True
+
+    def _call(self, method, url, data=None, **_):
+        key = unquote(url.removeprefix("b/b/o/")).removesuffix("/compose")
+        if method == "GET" and key not in self.marks:
+            raise Refused(404, "Object not found.")
+        if method == "GET":
+            found = {"size": 1, "generation": 1, "metadata": {"dtrain-mark": self.marks[key]}}
+            return {}, json.dumps(found).encode()
+        asked = json.loads(data.read())
+        if not {source["name"] for source in asked["sourceObjects"]} <= set(self.marks):
+            raise Refused(404, "Object not found.")
+        self.marks[key] = asked["destination"]["metadata"]["dtrain-mark"]
+        return {}, b""
+
+    def delete(self, keys):
+        for key in keys:
+            self.marks.pop(key, None)
+            if self.is_unwell:
+                self.is_unwell = False
+                raise Refused(503, "later")
+
+
+@pytest.mark.parametrize("num_parts", [3, 40])
+def test_parts_composed_into_an_object_are_deleted_though_the_store_is_unwell_meanwhile(num_parts):
+    parts = [f"x.dtrain-part-m-{number:04d}" for number in range(num_parts)]
+    store = PartsOfGs(parts)
+    with pytest.raises(Refused, match="later"):
+        store.finish("x", "x.dtrain-part-m", "m", parts)
+    with pytest.raises(Refused, match="not found"):
+        PartsOfGs(parts[1:]).finish("x", "x.dtrain-part-m", "another", parts)
+    store.finish("x", "x.dtrain-part-m", "m", parts)
+    assert store.marks == {"x": "m"}
 
 
 def test_a_place_whose_package_is_missing_says_what_to_install(monkeypatch):
