@@ -187,7 +187,7 @@ class Client:
                 self.close()  # a certificate may be among what is renewed
                 was_renewed = True
                 continue
-            wait_s = answer.retry_after_s if answer.retry_after_s is not None else _pause(number)
+            wait_s = max(_pause(number), answer.retry_after_s or 0.0)  # a server that says 0 is not asked without end
             is_beaten = method == "POST" and _is_beaten(answer)
             if not (is_beaten or _is_trouble(answer.status, number)) or time.monotonic() + wait_s > deadline:
                 kind = str(body.get("kind", "")) if isinstance(body, dict) else ""

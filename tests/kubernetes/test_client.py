@@ -74,6 +74,14 @@ def test_a_server_that_asks_for_more_patience_than_there_is(api: ApiServer, kube
     assert len(api.requests) == 1
 
 
+@pytest.mark.parametrize("told", ["0", "-1", "nan", "Sat, 21 Nov 2026 10:00:00 GMT"])
+def test_a_server_that_asks_for_no_patience_is_not_flooded(api: ApiServer, kubeconfig: Path, told: str) -> None:
+    api.fail(PODS, status=429, times=10**6, headers={"Retry-After": told})
+    with Client(_access(), patience_s=1.0) as mine, pytest.raises(ClusterError, match="429"):
+        mine.list(POD, "dtrain")
+    assert 3 <= len(api.requests) <= 12
+
+
 def test_an_error_of_the_server_itself_is_repeated_little(api: ApiServer, mine: Client) -> None:
     api.fail(PODS, status=500, times=10**6, message='failed calling webhook "queue"')
     with pytest.raises(ClusterError, match="failed calling webhook"):
