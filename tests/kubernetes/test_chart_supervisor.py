@@ -68,10 +68,15 @@ def test_it_may_write_the_folders_of_runs(given: Values, ids: tuple[int, int], t
 
 
 def test_it_finds_the_storage_by_the_environment_of_runs(tmp_path: Path) -> None:
-    backend = {"env": {"AWS_REGION": "eu-north-1", "HOME": "/home/ann"}, "env_from": ["more", "keys"]}
+    backend = {
+        "env": {"AWS_REGION": "eu-north-1", "HOME": "/home/ann"},
+        "env_from": ["more", "keys"],
+        "volumes": [{"mount": "/data", "claim": "data"}, {"mount": "/etc/aws", "secret": "aws-config"}],
+    }
     bucket = MINIMAL["storage"] | {"existingSecret": "keys"}
     values: Values = {"storage": bucket, "clusterFile": {"backend": backend}}
-    (container,) = _pod(values)["containers"]
+    pod = _pod(values)
+    (container,) = pod["containers"]
     assert {one["name"]: one["value"] for one in container["env"]} == {
         "HOME": "/tmp",
         "PYTHONUNBUFFERED": "1",
@@ -79,4 +84,20 @@ def test_it_finds_the_storage_by_the_environment_of_runs(tmp_path: Path) -> None
     }
     assert [one["secretRef"]["name"] for one in container["envFrom"]] == ["keys", "more"]
     head = run_objects(cluster_file(values, tmp_path))[0]["spec"]["rayClusterSpec"]["headGroupSpec"]
-    assert head["template"]["spec"]["containers"][0]["envFrom"] == container["envFrom"]
+    theirs = head["template"]["spec"]["containers"][0]
+    assert theirs["envFrom"] == container["envFrom"]
+    assert _files_of_secrets(pod) == _files_of_secrets(head["template"]["spec"]) == {"/etc/aws": "aws-config"}
+    assert [volume for volume in pod["volumes"] if "persistentVolumeClaim" in volume] == [], "data are not looked at"
+
+
+def _files_of_secrets(pod: Object) -> dict[str, str]:
+    """The Secret that a pod mounts, by the folder."""
+    secrets = {one["name"]: one["secret"]["secretName"] for one in pod["volumes"] if "secret" in one}
+    mounts = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] in secrets]
+    assert all(one["readOnly"] for one in mounts)
+    return {one["mountPath"]: secrets[one["name"]] for one in mounts}
+
+
+def test_it_puts_up_with_a_taint_for_a_while_if_told_so() -> None:
+    taint = {"key": "maintenance", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
+    assert _pod({"supervisor": {"tolerations": [taint]}})["tolerations"] == [taint]

@@ -31,7 +31,7 @@ azure.workload.identity/use: "true"
 {{- end }}
 
 {{/* How a pod with dtrain in it looks at runs: the cluster file, the storage, a place to write. It finds the storage as
-     runs do: by the same environment. */}}
+     runs do: by the same environment and the same files of Secrets. */}}
 {{- define "dtrain.clientContainer" -}}
 image: {{ include "dtrain.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
@@ -58,6 +58,11 @@ volumeMounts:
   {{- if eq .Values.storage.kind "pvc" }}
   - {name: runs, mountPath: {{ .Values.storage.pvc.mountPath }}}
   {{- end }}
+  {{- range $number, $volume := .Values.clusterFile.backend.volumes }}
+  {{- if $volume.secret }}
+  - {name: secret-{{ $number }}, mountPath: {{ $volume.mount }}, readOnly: true}
+  {{- end }}
+  {{- end }}
 {{- end }}
 
 {{/* Secrets whose keys are environment of runs, as a list in YAML. */}}
@@ -79,5 +84,12 @@ volumeMounts:
 - name: runs
   persistentVolumeClaim:
     claimName: {{ .Values.storage.pvc.name }}
+{{- end }}
+{{- range $number, $volume := .Values.clusterFile.backend.volumes }}
+{{- if $volume.secret }}
+- name: secret-{{ $number }}
+  secret:
+    secretName: {{ $volume.secret }}
+{{- end }}
 {{- end }}
 {{- end }}
