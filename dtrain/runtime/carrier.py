@@ -21,6 +21,7 @@ from dtrain.errors import StorageError
 from dtrain.runs.growing import Growing
 from dtrain.storage import Conflict, Storage
 from dtrain.storage.fencing import Fenced
+from dtrain.storage.lease import GUARDED
 
 PERIOD_S = 2.0
 SLOW_PERIOD_S = 30.0
@@ -76,8 +77,8 @@ class Carrier:
             list(pool.map(Growing.pull, self._growing))
             for pattern in self._mirrored:
                 prefix = f"{self._run_id}/{pattern.partition('*')[0]}"
-                listed = [entry.name for entry in self._storage.entries(prefix)]
-                found = {name: self._folder / name.removeprefix(f"{self._run_id}/") for name in listed}
+                listed = [entry.name.removeprefix(f"{self._run_id}/") for entry in self._storage.entries(prefix)]
+                found = {f"{self._run_id}/{name}": self._folder / name for name in listed if name not in GUARDED}
                 for copy in found.values():
                     copy.parent.mkdir(parents=True, exist_ok=True)
                 list(pool.map(self._storage.download, found.keys(), found.values()))
@@ -154,6 +155,8 @@ class Carrier:
         for pattern in patterns:
             for path in sorted(self._folder.glob(pattern)):
                 name = str(path.relative_to(self._folder))
+                if name in GUARDED:  # a script may call a file so
+                    continue
                 with contextlib.suppress(FileNotFoundError):
                     facts = _facts(path)
                     is_settled = at_once or self._seen.get(name) == facts

@@ -236,6 +236,21 @@ def test_only_what_is_mirrored_is_deleted_there_too(place, tmp_path):
     assert [entry.name for entry in storage.entries()] == ["run/samples/a.png"]
 
 
+def test_a_script_finds_only_its_own_files_and_cannot_replace_what_guards_the_run(place, tmp_path):
+    run = a_run(place)
+    with OnHead(run.storage, place, run.id):
+        guards = run.storage.read(f"{run.id}/checkpoints/committed.json")
+        carrier = Carrier(run.storage, run.id, tmp_path, lambda: True, mirrored=["checkpoints/**/*"])
+        carrier.fetch()
+        assert not list(tmp_path.glob("checkpoints/*"))
+        (tmp_path / "checkpoints").mkdir(exist_ok=True)
+        for name in ("committed.json", "model.pt"):
+            (tmp_path / "checkpoints" / name).write_bytes(b"a script's own")
+        carrier.close()
+        assert run.storage.read(f"{run.id}/checkpoints/model.pt")[0] == b"a script's own"
+        assert run.storage.read(f"{run.id}/checkpoints/committed.json") == guards
+
+
 def test_a_node_that_slept_neither_puts_nor_deletes_what_a_script_keeps(place, tmp_path):
     storage, owners = at(place), [1]
     carrier = Carrier(storage, "run", tmp_path, lambda: owners == [1], mirrored=["checkpoints/**/*"])
