@@ -130,6 +130,10 @@ def _stream(
             return False
         if refusal.code not in (401, 429, 500, 502, 503, 504) or mark.num_cuts >= MOST_CUTS:
             raise
+    except TimeoutError as trouble:
+        if query.get("follow") != "true":
+            raise api.unreachable(trouble) from trouble
+        return True  # a pod may be silent for as long as it likes
     except OSError as trouble:
         # Where nothing can be reached any more, whoever looks for the pod next says so.
         if mark.num_cuts >= MOST_CUTS:

@@ -157,6 +157,31 @@ def test_a_log_that_cannot_be_had_is_not_asked_for_ever(
     assert len([r for r in run.requests if r.path.endswith("/log")]) == logs.MOST_CUTS + 1
 
 
+def test_a_pod_may_be_silent_for_long(run: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.01)
+    monkeypatch.setattr(logs, "SILENCE_S", 0.05)
+    run.log("x-1-head-a", b"first\n")
+    reader = Reader("head")
+    reader.await_lines(1)
+    await_(lambda: len([r for r in run.requests if r.path.endswith("/log")]) > logs.MOST_CUTS + 2)
+    monkeypatch.setattr(logs, "SILENCE_S", 10.0)
+    run.log("x-1-head-a", b"second\n")
+    reader.await_lines(2)
+    run.set_status("RayJob", NAME, {**RUNNING, "jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"})
+    run.end_log("x-1-head-a")
+    reader.join()
+    assert reader.lines == [b"first\n", b"second\n"]
+
+
+def test_a_log_that_hangs_is_waited_for_once(run: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "SILENCE_S", 0.5)
+    run.fail(r"/log$", delay_s=30, times=10**6)
+    started = time.monotonic()
+    with pytest.raises(ClusterError, match="no answer in time"):
+        read("head")
+    assert time.monotonic() - started < 3
+
+
 def test_nobody_answers_any_more(run: ApiServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "LOOK_AGAIN_S", 0.01)
     run.fail(r"/log$", cut="before", times=10**6)
