@@ -10,6 +10,7 @@ import pytest
 from chart import KIND, MINIMAL, RUNS, Object, Values, cluster_file, named, objects, run_objects
 
 from dtrain.cli.cluster import supervise
+from dtrain.kubernetes import verbs
 
 ALIVE = "/tmp/alive"
 ROUND_S, GRACE_S = 3600, 7200
@@ -44,6 +45,11 @@ def test_it_is_ended_when_it_has_not_looked_for_several_rounds(
     for age_s, code in ((alive_s, 0), (dead_s, 1)):
         os.utime(alive, (time.time() - age_s, time.time() - age_s))
         assert _probed(values, alive) == code
+
+
+@pytest.mark.parametrize(("values", "grace_s"), [({}, 120), (SLOW, GRACE_S)], ids=["defaults", "slow"])
+def test_an_upgrade_gives_it_the_time_that_it_may_wait_for_the_pods_of_a_run(values: Values, grace_s: float) -> None:
+    assert _pod(values)["terminationGracePeriodSeconds"] > grace_s + verbs.GONE_S
 
 
 def test_it_touches_the_file_that_is_probed() -> None:
