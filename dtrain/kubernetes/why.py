@@ -119,13 +119,14 @@ def scheduler(message: str) -> str:
     return f"of {found['all']} node{'s' if found['all'] != '1' else ''} {text}" if text else "no node fits"
 
 
-def _unscheduled(who: str, condition: Object, said: Mapping[str, str]) -> Reason:
+def _unscheduled(who: str, condition: Object, said: dict[str, str]) -> Reason:
     if condition.get("reason") == "SchedulingGated":
         return Reason("queued", f"{who} is held back until a queue admits it", 50)
     message = str(condition.get("message") or said.get("FailedScheduling") or "")
     text = f"no node fits {who}: {scheduler(message)}" if message else f"{who} waits for a node"
-    if grown := said.get("TriggeredScaleUp"):
-        return Reason("queued", f"{text}; a node is being added ({_short(grown, 120)})", 40)
+    last = next((kind for kind in reversed(said) if kind in ("TriggeredScaleUp", "NotTriggerScaleUp")), "")
+    if last == "TriggeredScaleUp":
+        return Reason("queued", f"{text}; a node is being added ({_short(said[last], 120)})", 40)
     if refused := said.get("NotTriggerScaleUp"):
         return Reason("queued", f"{text}; none will be added ({_short(refused, 160)}); {_WAYS_OUT['nodes']}", 75)
     return Reason("queued", f"{text}; {_WAYS_OUT['nodes']}" if message else text, 65 if message else 40)
@@ -165,9 +166,13 @@ def _who(pod: Object) -> str:
 
 
 def _latest(events: Iterable[Object], uid: str | None) -> dict[str, str]:
-    """The latest message of each reason, of one object."""
+    """The latest message of each reason, of one object, the latest of all last."""
     own = [e for e in events if uid is None or (e.get("involvedObject") or {}).get("uid") in (None, uid)]
-    return {str(event.get("reason")): str(event.get("message") or "") for event in sorted(own, key=_time)}
+    said: dict[str, str] = {}
+    for event in sorted(own, key=_time):
+        said.pop(str(event.get("reason")), None)
+        said[str(event.get("reason"))] = str(event.get("message") or "")
+    return said
 
 
 def _time(event: Object) -> str:

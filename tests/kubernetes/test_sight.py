@@ -237,6 +237,29 @@ def test_a_node_that_is_being_added():
     assert refused.weight > why.of_pod(_pod({"conditions": [gone]}), [grows]).weight
 
 
+@pytest.mark.parametrize(("minute", "phrase"), [("05", "none will be added"), ("15", "a node is being added")])
+def test_a_node_that_was_to_be_added_and_never_came(minute, phrase):
+    """Machines of the kind had run out: what the autoscaler said last counts, however often it said it before."""
+    message = "0/2 nodes are available: 2 Insufficient nvidia.com/gpu."
+    pod = _pod({"conditions": [{"type": "PodScheduled", "status": "False", "message": message}]})
+    said = (
+        ("TriggeredScaleUp", "00", "pod triggered scale-up: [{h100-pool 0->1 (max: 4)}]"),
+        ("NotTriggerScaleUp", "10", "pod didn't trigger scale-up: 1 in backoff after failed scale-up"),
+        ("TriggeredScaleUp", minute, "pod triggered scale-up: [{h100-pool 0->1 (max: 4)}]"),
+    )
+    events = [
+        {
+            "metadata": {},
+            "involvedObject": {"uid": "u"},
+            "lastTimestamp": f"2026-11-21T10:{at}:00Z",
+            "reason": reason,
+            "message": text,
+        }
+        for reason, at, text in said
+    ]
+    assert phrase in why.of_pod(pod, events).text
+
+
 def test_a_queue_that_holds_a_run_back():
     job = {
         "metadata": {"name": "x", "labels": {sight.QUEUE: "team"}},
