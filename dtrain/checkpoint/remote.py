@@ -12,6 +12,7 @@ two owners write below one folder.
 Of a state sharded over nodes, each node puts its shards where they will stay; the first node joins the indexes.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -105,7 +106,8 @@ def commit_parts(
     files[dcp_files.INDEX] = {"bytes": len(index), "sha256": hashlib.sha256(index).hexdigest()}
     manifest = {"step": step, "files": files, **facts}
     _commit(storage, run_id, folder, token, manifest, json.dumps(manifest, indent=2).encode())
-    storage.delete(f"{at}/parts/{node}{what}" for node in range(num_nodes) for what in (".json", dcp_files.INDEX))
+    with contextlib.suppress(StorageError):  # it counts already, and they go when it goes
+        storage.delete(f"{at}/parts/{node}{what}" for node in range(num_nodes) for what in (".json", dcp_files.INDEX))
     return _size(files)
 
 

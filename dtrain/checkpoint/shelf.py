@@ -1,6 +1,7 @@
 """Where the checkpoints of a run are kept: in its folder, or in a bucket with copies on this node."""
 
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,9 @@ from typing import Any, Protocol
 from dtrain import storage
 from dtrain.checkpoint import store
 from dtrain.checkpoint.pieces import State
+from dtrain.errors import StorageError
 from dtrain.spec.job import Keep
+from dtrain.storage.fencing import Fenced
 
 PARTS_TIMEOUT_S = 600.0
 Found = tuple[Path, dict[str, Any]]
@@ -90,7 +93,7 @@ class RemoteShelf:
             path = store.path_of(self._folder, part.step)
             self._drop_copies(but=path.name)
             size = remote.publish(*where, path, self._token, part.attempt)
-            return size, remote.prune(*where, keep, self._token)
+            return size, self._prune(keep)
         path = store.part_of(self._folder, part.step, part.node, part.attempt)
         try:
             size = store.write_part(path, state)
@@ -99,9 +102,21 @@ class RemoteShelf:
                 return size, []
             asked = part.step, part.num_nodes, self._token, part.attempt
             size = remote.commit_parts(*where, *asked, facts, PARTS_TIMEOUT_S)
-            return size, remote.prune(*where, keep, self._token)
+            return size, self._prune(keep)
         finally:
             shutil.rmtree(path, ignore_errors=True)
+
+    def _prune(self, keep: Keep) -> list[int]:
+        """What storage does not delete now stays for the next time: the checkpoint just written counts all the same."""
+        from dtrain.checkpoint import remote
+
+        try:
+            return remote.prune(self._storage, self._run_id, keep, self._token)
+        except Fenced:
+            raise
+        except StorageError as error:
+            print(f"older checkpoints were not deleted: {error.message}", file=sys.stderr, flush=True)
+            return []
 
     def _drop_copies(self, but: str) -> None:
         for copy in self._folder.glob("step-*"):

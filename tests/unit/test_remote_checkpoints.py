@@ -11,6 +11,7 @@ from s3_server import KINDS, Meanwhile, Status, both_kinds, served
 
 from dtrain.checkpoint import remote, store
 from dtrain.checkpoint.pieces import Piece
+from dtrain.checkpoint.shelf import Part, RemoteShelf
 from dtrain.errors import StorageError
 from dtrain.spec.job import Keep
 from dtrain.storage import at, fencing, lease
@@ -367,6 +368,28 @@ def test_what_is_deleted_stops_being_a_checkpoint_first(tmp_path):
         assert not any(name.endswith(store.MARKER) for name in left)
         remote.prune(storage, "run", Keep(last=1, best=0), 1)
         assert not any(name.startswith("step-00000010") for name in names(storage))
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2])
+def test_a_checkpoint_counts_although_the_one_before_may_not_be_deleted(num_nodes, tmp_path, capsys):
+    with served() as s3:
+        storage = s3.storage("runs")
+        own(storage)
+        publish(storage, tmp_path / "here", 10)
+        s3.fail("POST /{}?delete", Status(403, "AccessDenied"), times=9)
+        put_parts(storage, tmp_path, 20, num_nodes, nodes=range(1, num_nodes))
+        shelf = RemoteShelf(tmp_path / "own", storage.uri, "run", 1)
+        state = some_rows(20, 0, 2) if num_nodes == 2 else tensors(20)
+        size, deleted = shelf.put(Part(20, 1, 0, num_nodes), state, {}, Keep(last=1, best=0))
+        assert size and deleted == []
+        assert 20 in shelf.steps()
+        assert "older checkpoints were not deleted: " in capsys.readouterr().err
+        s3.heal()
+        shelf.put(Part(30, 1), tensors(30), {}, Keep(last=1, best=0))
+        assert {name.split("/")[0] for name in names(storage)} == {"committed.json", "step-00000030-1-1"}
+        own(storage, "second", succeeding=1)
+        with pytest.raises(Fenced):
+            shelf.put(Part(40, 1), tensors(40), {}, Keep(last=1, best=0))
 
 
 def test_one_that_is_not_whole_is_not_counted_as_kept(local, tmp_path):
