@@ -92,15 +92,18 @@ class Carrier:
         """Something happened that people wait to see."""
         self._wake.set()
 
-    def close(self) -> None:
-        """Carry what is left, and end."""
+    def close(self) -> bool:
+        """Carry what is left, and end; False when storage refused some of it until the last."""
         self._ends = True
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
         deadline = time.monotonic() + LAST_S
-        while self.lost is None and not self._once(is_last=True) and time.monotonic() < deadline:
+        while self.lost is None and not self._once(is_last=True):
+            if time.monotonic() >= deadline:
+                return False
             time.sleep(1.0)
+        return True
 
     def _keep(self) -> None:
         while not self._ends and self.lost is None:

@@ -14,6 +14,7 @@ import socket
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, NoReturn
 
 from dtrain import handshake, storage
@@ -141,10 +142,17 @@ class OnHead:
             _say(message)
         self._carrier.start()
 
-    def __exit__(self, *_: object) -> None:
-        self._carrier.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        is_carried = self._carrier.close()
         self._lease.release()
         self._own.remove()
+        if not is_carried and kind is None:
+            raise StorageError(
+                f"how run {self._run_id} ended could not be written to {self._place.uri}; once it can be,"
+                f" `dtrain resume {self._run_id}` goes on from the newest checkpoint"
+            )
 
     @property
     def lock(self) -> int:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from making import TWO_CORES, a_cluster, a_job
+from s3_server import Status
 
 from dtrain import api, bundle, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
@@ -19,6 +20,7 @@ from dtrain.plan import make_plan
 from dtrain.runs import away
 from dtrain.runs.away import RemoteRun
 from dtrain.runs.growing import PIECE_BYTES, Growing, piece
+from dtrain.runtime import carrier as carrier_module
 from dtrain.runtime import remote
 from dtrain.runtime.carrier import MAX_ECHO, Carrier
 from dtrain.runtime.on_node import OnNode
@@ -387,6 +389,19 @@ def test_a_driver_that_cannot_begin_gives_the_run_up_and_says_why_in_it(place, t
         OnNode({"storage": place, "run": run.id, "token": 1}, 0),
     ):
         pass
+    assert not list(tmp_path.glob("dtrain-*/*"))
+
+
+def test_a_driver_that_cannot_write_how_its_run_ended_says_so(s3, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(carrier_module, "LAST_S", 0.5)
+    run = a_run(place, state="running", driver_pid=1)
+    refused = pytest.raises(StorageError, match=f"how run {run.id} ended could not be written .* `dtrain resume")
+    with refused, OnHead(run.storage, place, run.id) as away:
+        s3.fail("PUT /{}" + f"/team/runs/{run.id}/run.json", Status(403, "AccessDenied"), times=99)
+        away.run.update(state="succeeded")
+    s3.heal()
+    assert run.record.state == "lost"
     assert not list(tmp_path.glob("dtrain-*/*"))
 
 
