@@ -96,8 +96,11 @@ class RemoteRun(Run):
         in_parallel(lambda name: self._refresh_folder(name) if name.endswith("/") else self._refresh_file(name), names)
 
     def fetch_checkpoint(self, name: str) -> None:
-        """Copy a whole checkpoint (`step-00000100`); its bytes are not checked."""
-        folder = f"{self.id}/{CHECKPOINTS}{self._stored_checkpoints()[name]}/"
+        """Copy a whole checkpoint (`step-00000100`); its bytes are not checked. Raises `NotThere`."""
+        stored = self._stored_checkpoints()
+        if name not in stored:
+            raise NotThere(f"{self.where}: checkpoint {name} was deleted meanwhile, as newer ones came; ask once more")
+        folder = f"{self.id}/{CHECKPOINTS}{stored[name]}/"
         found = [entry.name for entry in self.storage.entries(folder)]
         copies = {file: self.checkpoints / name / file.removeprefix(folder) for file in found}
         (self.checkpoints / name).mkdir(parents=True, exist_ok=True)
@@ -133,12 +136,18 @@ class RemoteRun(Run):
             if copy.name not in stored:
                 shutil.rmtree(copy, ignore_errors=True)
         wanted = [(name, folder, mark) for name, folder in stored.items() for mark in MARKS]
+        gone = set()
 
         def get(name: str, folder: str, mark: str) -> None:
             if not (self.checkpoints / name / mark).exists():
-                _put(self.checkpoints / name / mark, self._read(f"{CHECKPOINTS}{folder}/{mark}"))
+                try:
+                    _put(self.checkpoints / name / mark, self._read(f"{CHECKPOINTS}{folder}/{mark}"))
+                except NotThere:  # the run's driver deleted it since, as newer ones came
+                    gone.add(name)
 
         in_parallel(lambda found: get(*found), wanted)
+        for name in gone:
+            shutil.rmtree(self.checkpoints / name, ignore_errors=True)
 
     def _stored_checkpoints(self) -> dict[str, str]:
         """The checkpoints that count, and the folder of each."""

@@ -338,6 +338,21 @@ def test_events_metrics_logs_and_checkpoints_are_read(place, capfdbinary):
     assert capfdbinary.readouterr().out == b"zero\nagain\n"
 
 
+def test_a_checkpoint_deleted_while_one_looks_is_left_out(place):
+    run = a_run(place)
+    lines = {str(step): {"folder": f"step-{step:08d}-1-1"} for step in (10, 20)}
+    run.write("checkpoints/committed.json", json.dumps({"token": 1, "checkpoints": lines}))
+    run.write("checkpoints/step-00000010-1-1/manifest.json", "{}")  # on its way out
+    for name in ("manifest.json", "COMMITTED", "0.distcp"):
+        run.write(f"checkpoints/step-00000020-1-1/{name}", "{}")
+    run.refresh("checkpoints/")
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-00000020"]
+    run.fetch_checkpoint("step-00000020")
+    assert (run.checkpoints / "step-00000020" / "0.distcp").exists()
+    with pytest.raises(StorageError, match="checkpoint step-00000005 was deleted meanwhile"):
+        run.fetch_checkpoint("step-00000005")
+
+
 def test_commands_take_the_storage_from_a_cluster_file_or_a_uri(place, tmp_path):
     run = a_run(place, state="failed", cause="a reason", exit_code=3)
     cluster = tmp_path / "cluster.yaml"
