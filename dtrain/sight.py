@@ -17,3 +17,8 @@ class Sight(Options):
     """Nothing of it runs on the cluster any more, and nothing will without another submit."""
     succeeded: bool | None = None
     """Once it is over, where the cluster knows."""
+
+    @property
+    def brings_back(self) -> bool:
+        """Whether the cluster is about to start a driver: a run whose own is gone is not lost yet."""
+        return self.phase in ("starting", "pulling", "recovering") and not self.is_over

@@ -20,6 +20,7 @@ UNKNOWN_S = 120.0
 """For so long a submit may be under way before its cluster knows of the run."""
 FULL_S = 300.0
 """Time between two looks at runs that have ended: somebody may have resumed one."""
+RETURN_CHECK_S = 2.0
 UNSAID = "it does not say why"
 
 Say = Callable[[str], None]
@@ -159,7 +160,18 @@ def look_at(run: runs.Run, options: Any, say: Say) -> bool:
 def revive(run: runs.Run, say: Say) -> bool:
     """What somebody does who follows a run and sees it lost; False when that is how it stays.
 
-    Only where the cluster can tell that nothing of it is left.
+    Waits while its cluster starts a driver by itself. Only where the cluster can tell that nothing of it is left.
     """
     plan = run.plan
-    return hasattr(api.backend_of(plan), "look") and look_at(run, plan.backend, say)
+    backend = api.backend_of(plan)
+    if not hasattr(backend, "look"):
+        return False
+    told = False
+    while (sight := backend.look(run.id, plan.backend)) is not None and sight.brings_back:
+        if not told:
+            say(f"{run.id}: its driver is gone; its cluster starts another{f' ({sight.why})' if sight.why else ''}")
+            told = True
+        time.sleep(RETURN_CHECK_S)
+        if run.stored_record().ended or run.is_owned():
+            return True
+    return look_at(run, plan.backend, say)

@@ -49,8 +49,9 @@ class Drawing(dtrain.Task):
 
     def sample(self, source: Any, request: dtrain.Request) -> dtrain.Sample:
         """New pictures: shown at the end of a run, and by `dtrain sample`."""
-        code = noise.normal(torch.arange(request.count) + request.seed * 1_000_003, self.network.latent)
+        numbers = torch.arange(request.count, device=next(self.network.parameters()).device)
+        code = noise.normal(numbers + request.seed * 1_000_003, self.network.latent)
         with torch.no_grad():
             pictures = self.network.decoder(code).view(-1, *self.network.shape)
         pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return dtrain.Sample(pictures=pixels.permute(0, 2, 3, 1).numpy())
+        return dtrain.Sample(pictures=pixels.permute(0, 2, 3, 1).cpu().numpy())

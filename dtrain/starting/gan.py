@@ -50,8 +50,9 @@ class Drawing(dtrain.Task):
 
     def sample(self, source: Any, request: dtrain.Request) -> dtrain.Sample:
         """New pictures: shown at the end of a run, and by `dtrain sample`."""
-        code = noise.normal(torch.arange(request.count) + request.seed * 1_000_003, self.latent)
+        numbers = torch.arange(request.count, device=next(self.parts["generator"].parameters()).device)
+        code = noise.normal(numbers + request.seed * 1_000_003, self.latent)
         with torch.no_grad():
             pictures = self.parts["generator"](code).view(-1, *self.shape)
         pixels = ((pictures + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-        return dtrain.Sample(pictures=pixels.permute(0, 2, 3, 1).numpy())
+        return dtrain.Sample(pictures=pixels.permute(0, 2, 3, 1).cpu().numpy())

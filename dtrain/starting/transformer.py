@@ -28,7 +28,7 @@ class Network(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         future = torch.ones(len(places), len(places), dtype=torch.bool, device=tokens.device).triu(1)
-        states = self.layers(self.embed(tokens) + self.positions(places), mask=future)
+        states = self.layers(self.embed(tokens) + self.positions(places), mask=future, is_causal=True)
         out: Tensor = self.head(states)
         return out
 
@@ -47,10 +47,10 @@ class NextByte(dtrain.Task):
     def sample(self, source: Any, request: dtrain.Request) -> dtrain.Sample:
         """Text from the prompt on: shown at the end of a run, and by `dtrain sample`."""
         tokens = source.encode(request.prompt) or [source.separator]
-        generator = torch.Generator().manual_seed(request.seed)
+        generator, device = torch.Generator().manual_seed(request.seed), next(self.network.parameters()).device
         with torch.no_grad():
             for _ in range(request.length):
-                scores = self.network(torch.tensor([tokens[-64:]]))[0, -1]
+                scores = self.network(torch.tensor([tokens[-64:]], device=device))[0, -1].cpu()
                 chances = (scores / max(request.temperature, 1e-3)).softmax(0)
                 tokens.append(int(torch.multinomial(chances, 1, generator=generator)))
         return dtrain.Sample(source.decode(tokens))

@@ -1,5 +1,6 @@
 """Data parallelism: every worker holds the whole model, gradients are averaged (torch DistributedDataParallel)."""
 
+import inspect
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, PositiveFloat
@@ -50,7 +51,8 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
                 bucket_cap_mb=options.bucket_mib,
                 gradient_as_bucket_view=True,
                 static_graph=options.static_graph,
-                broadcast_buffers=False,  # batch statistics are synchronised where they are made
+                # Statistics of batches are synchronised where they are made.
+                **{_buffers_in_forward(DistributedDataParallel): False},
             )
             for name, part in bare.items()
         }
@@ -67,3 +69,9 @@ def prepare(task: "Task", plan: "Plan", device: "torch.device", make_optimizer: 
         state=[*training_state(bare, {name: engine.optimizer for name, engine in engines.items()}), *scales],
         is_replicated=True,
     )
+
+
+def _buffers_in_forward(wrapper: type) -> str:
+    """What DDP calls it that buffers are sent before each forward pass: newer ones warn about the older name."""
+    known = inspect.signature(wrapper).parameters
+    return "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"

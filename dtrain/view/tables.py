@@ -22,8 +22,6 @@ COMMITTED = "COMMITTED"
 """The file that marks a whole checkpoint (`dtrain.checkpoint.store.MARKER`, which would import torch)."""
 WAITING = frozenset({"queued", "starting"})
 """States in which the cluster knows more of a run than the run's folder."""
-BRINGS_BACK = frozenset({"starting", "pulling", "recovering"})
-"""Phases in which a cluster is about to start a driver: a run whose driver is gone is not lost yet."""
 MAX_METRIC_LINES = 20
 MIN_CAUSE_WIDTH = 10
 """Narrower than this, `ps` leaves causes out."""
@@ -48,7 +46,7 @@ def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
 
 def _as_seen(record: runs.Record, sight: "Sight | None") -> runs.Record:
     """The record as people are to read it: a run without a driver recovers while its cluster says it starts another."""
-    if sight is None or record.state != "lost" or sight.phase not in BRINGS_BACK:
+    if sight is None or record.state != "lost" or not sight.brings_back:
         return record
     cause = sight.why or "its cluster starts another driver"
     return record.model_copy(update={"state": "recovering", "cause": cause, "error_kind": None, "exit_code": None})

@@ -107,6 +107,46 @@ def test_a_lost_run_that_was_asked_to_stop_is_stopped(tmp_path):
     assert (run.record.state, run.record.exit_code) == ("stopped", 130)
 
 
+class Cluster:
+    """Says one thing after another of a run, and then the last for ever; does something before it says the last."""
+
+    def __init__(self, sights, meanwhile=lambda: None):
+        self._sights, self._meanwhile, self.sent = list(sights), meanwhile, []
+
+    def look(self, run_id, options):
+        if len(self._sights) > 1:
+            return self._sights.pop(0)
+        self._meanwhile()
+        return self._sights[0]
+
+    def render(self, plan, path):
+        return path
+
+    def send(self, submission, options, say):
+        self.sent.append(submission)
+
+
+def test_whoever_follows_waits_while_the_cluster_starts_another_driver(tmp_path, monkeypatch):
+    run = a_run(tmp_path, state="running", driver_pid=1)
+    cluster = Cluster([Sight(phase="starting", why="its head starts again")] * 2, runs.Run(run.path).acquire)
+    monkeypatch.setattr(api, "backend_of", lambda plan: cluster)
+    monkeypatch.setattr(supervise, "RETURN_CHECK_S", 0.01)
+    said: list[str] = []
+    assert run.record.state == "lost"
+    assert supervise.revive(run, said.append)
+    assert said == [f"{run.id}: its driver is gone; its cluster starts another (its head starts again)"]
+    assert (run.stored_record().submissions, cluster.sent) == (1, [])
+
+
+def test_a_cluster_that_gave_up_starting_another_driver_is_handed_the_run_again(tmp_path, monkeypatch):
+    run = a_run(tmp_path, state="running", driver_pid=1)
+    cluster = Cluster([Sight(phase="starting"), OVER])
+    monkeypatch.setattr(api, "backend_of", lambda plan: cluster)
+    monkeypatch.setattr(supervise, "RETURN_CHECK_S", 0.01)
+    assert supervise.revive(run, print)
+    assert (run.stored_record().submissions, len(cluster.sent)) == (2, 1)
+
+
 def test_a_driver_that_lives_is_left_alone(tmp_path):
     run = a_run(tmp_path, state="running", driver_pid=os.getpid())
     driver = runs.Run(run.path)
