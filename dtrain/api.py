@@ -178,20 +178,20 @@ def folder_of(job: AnyJob) -> Path | None:
     return Path(job).parent if isinstance(job, str | Path) else None
 
 
-def create(plan: P, text: str, say: Say, folder: Path | None, name: str | None = None) -> tuple[runs.Run, P]:
+def create(plan: P, text: str, say: Say, folder: Path | None) -> tuple[runs.Run, P]:
     """A new run, and its plan as the cluster reads it: to a cluster elsewhere the user's own code goes along.
 
     `text` is the job's, `folder` that of its file. Code that cannot be sent is refused before there is a run.
     """
     if not hasattr(backend_of(plan), "look"):
-        return runs.create(plan, text, name), plan
+        return runs.create(plan, text), plan
     from dtrain import bundle
 
     place = storage.at(plan.storage)
     sent = bundle.send(place, plan, folder, say)
     if sent is not None and place.local is not None:
         plan = bundle.settle(place, plan, sent)
-    run = runs.create(plan, text, name)
+    run = runs.create(plan, text)
     if sent is not None:
         bundle.record(place, run.id, sent)
     return run, plan

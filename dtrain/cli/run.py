@@ -31,14 +31,13 @@ def submit(
     """Train a job, and show it until it has ended.
 
     Ctrl-C asks: detach, stop, or go on. Ctrl-C twice detaches."""
-    from dtrain import api, runs
+    from dtrain import api
 
     decided = decide(file, cluster, overrides)
-    name = runs.new_name(decided)
     if dry_run:
-        _dry_run(decided, name, with_server=dry_run == "server")
+        _dry_run(decided, with_server=dry_run == "server")
         return
-    run, planned = api.create(decided, api.job_text(file, overrides), say, file.parent, name)
+    run, planned = api.create(decided, api.job_text(file, overrides), say, file.parent)
     api.hand_over(run, planned, say)
     see_through(run, planned, detach, as_json)
 
@@ -82,11 +81,11 @@ def stop(word: str | None, storage: str | None, cluster: Path | None, timeout_s:
     click.echo(f"{run.id}: {record.state}" + (f" ({record.cause})" if record.cause else ""))
 
 
-def _dry_run(decided: "Plan | ScriptPlan", name: str, with_server: bool) -> None:
-    from dtrain import api
+def _dry_run(decided: "Plan | ScriptPlan", with_server: bool) -> None:
+    from dtrain import api, runs
 
     backend = api.backend_of(decided)
-    submission = backend.render(decided, Path(decided.storage) / name)
+    submission = backend.render(decided, Path(decided.storage) / runs.example_name(decided))
     if with_server:
         if not hasattr(backend, "check"):
             raise InputError(f"backend {decided.backend.name} has no server that checks; leave out =server")

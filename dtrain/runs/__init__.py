@@ -19,7 +19,7 @@ count.
 
 from dtrain.runs.folder import Run
 from dtrain.runs.lines import iterate_lines, last_lines, read_lines
-from dtrain.runs.places import create, delete, find, list_runs, new_name, opened
+from dtrain.runs.places import create, delete, example_name, find, list_runs, new_name, opened
 from dtrain.runs.record import ENDED, Attempt, Record, State
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "State",
     "create",
     "delete",
+    "example_name",
     "find",
     "iterate_lines",
     "last_lines",

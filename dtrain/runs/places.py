@@ -1,5 +1,6 @@
 """The runs of a storage: making one, listing them all, finding the one that is meant."""
 
+import hashlib
 import secrets
 import shutil
 import time
@@ -23,6 +24,12 @@ def new_name(plan: AnyPlan) -> str:
         if is_remote(plan.storage) or not (Path(plan.storage) / name).exists():
             return name
     raise StorageError(f"{plan.storage}: no free name for a run of {plan.name!r} in 100 tries")
+
+
+def example_name(plan: AnyPlan) -> str:
+    """A name for what is only shown: the same for the same plan, so that two dry runs can be compared."""
+    digest = hashlib.sha256(plan.to_json().encode()).digest()
+    return f"{plan.name}-{''.join(ID_ALPHABET[byte % len(ID_ALPHABET)] for byte in digest[:4])}"
 
 
 def create(plan: AnyPlan, job_text: str, name: str | None = None) -> Run:

@@ -217,6 +217,7 @@ def test_a_dry_run_prints_what_would_be_sent_and_leaves_nothing(dtrain, driver):
     assert code == 0
     assert not Path("runs").exists()
     assert sent == []
+    assert dtrain("submit", "job.yaml", "--dry-run")[1] == out, "two of them can be compared"
     previewed = json.loads(out)
     dtrain("submit", "job.yaml")
     (submission,) = sent
