@@ -3,6 +3,7 @@
 Nothing heavy is imported before a command runs: `dtrain --help` must answer at once.
 """
 
+import atexit
 import contextlib
 import gc
 import os
@@ -37,6 +38,7 @@ def entry() -> None:
     try:
         main()
     except SystemExit as leave:
+        atexit._run_exitfuncs()  # temporary folders and files go
         with contextlib.suppress(OSError):  # whoever read it has gone
             sys.stdout.flush()
             sys.stderr.flush()

@@ -358,15 +358,20 @@ def test_commands_take_the_storage_from_a_cluster_file_or_a_uri(place, tmp_path)
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text(f"name: away\nbackend: {{name: ray_jobs}}\nstorage: {place}\n")
 
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+
     def dtrain(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-m", "dtrain", *words], capture_output=True, text=True, cwd=tmp_path)
+        command, environment = [sys.executable, "-m", "dtrain", *words], {**os.environ, "TMPDIR": str(scratch)}
+        done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
     assert run.id in dtrain("ps", "-c", str(cluster))
     assert f"{place}/{run.id}" in dtrain("status", "--storage", place)
     assert json.loads(dtrain("status", "--json", f"{place}/{run.id}"))["cause"] == "a reason"
-    assert list(tmp_path.iterdir()) == [cluster], "no copies are left where the command is given"
+    assert sorted(tmp_path.iterdir()) == [cluster, scratch], "no copies are left where the command is given"
+    assert list(scratch.iterdir()) == [], "nor anywhere else"
 
 
 # -- what a driver says that cannot begin ----------------------------------------------------------------------------
