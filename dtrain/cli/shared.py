@@ -77,8 +77,12 @@ def see_through(run: "Run", decided: "Plan | ScriptPlan", detach: bool, as_json:
         attend.leave(run, as_json)
     else:
         code = attend.follow(run, decided, as_json, from_now)
-        while code == ClusterError.exit_code and _revived(run):
-            code = attend.follow(run, decided, as_json, from_now=True)
+        try:
+            while code == ClusterError.exit_code and _revived(run):
+                code = attend.follow(run, decided, as_json, from_now=True)
+        except KeyboardInterrupt:  # nobody has to wait for a cluster that brings the run back
+            attend.leave(run, as_json, hint_only=True)
+            code = 0
         sys.exit(code)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from making import a_run
 
-from dtrain import cli, errors, runs
+from dtrain import cli, errors, runs, supervise
 from dtrain.backends import local
 from dtrain.errors import ClusterError
 from dtrain.view import help as help_view
@@ -227,6 +227,17 @@ def test_a_dry_run_prints_what_would_be_sent_and_leaves_nothing(dtrain, driver):
         return json.loads(json.dumps(value).replace(Path(name).name, "RUN"))
 
     assert without_suffix(previewed, previewed["run_path"]) == without_suffix(really, really["run_path"])
+
+
+def test_nobody_has_to_wait_for_a_cluster_that_brings_a_run_back(dtrain, monkeypatch):
+    def waits(run, say):
+        raise KeyboardInterrupt
+
+    run = a_run(Path("runs"), state="running", driver_pid=1)
+    monkeypatch.setattr(supervise, "revive", waits)
+    code, _, err = dtrain("status", "-f")
+    assert code == 0
+    assert f"{run.id} goes on without you" in err
 
 
 def test_submit_follows_to_the_end_and_exits_as_the_record_says(dtrain, driver):
