@@ -167,6 +167,8 @@ def _steps(record: runs.Record) -> str:
         done = record.attempts[-1].last_step
     if not record.num_steps:
         return f"{words.plural(done, 'step')} reported" if done else "no step reported"
+    if done is None and record.state != "succeeded":
+        done = 0  # it ended before it began
     if done is None or done == record.num_steps:
         return words.plural(record.num_steps, "step")
     return f"{done:,} of {record.num_steps:,} steps"

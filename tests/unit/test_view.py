@@ -505,6 +505,11 @@ def test_a_failure_shows_the_users_own_traceback_and_the_next_move(tmp_path):
     assert "sample" not in text
 
 
+def test_a_run_that_ended_before_it_began_has_done_no_step(tmp_path):
+    run = a_finished_run(tmp_path, state="failed", cause="no text file", error_kind="input", outcome={}, attempts=())
+    assert ": 0 of 100 steps" in shown(outcome.show(run, run.record), soft_wrap=True)
+
+
 def test_the_next_commands_work_where_they_are_typed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     here, there = a_finished_run(tmp_path / "runs"), a_finished_run(tmp_path / "other")
