@@ -16,9 +16,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dtrain import component, runs, storage
-from dtrain.component import Options
 from dtrain.errors import ClusterError, DtrainError, InputError, Stopped, from_kind
-from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
+from dtrain.plan import AnyPlan, Plan, ScriptPlan
+from dtrain.planning import make_plan
+from dtrain.settings import Settings, to_json
 from dtrain.spec import document, load
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node
@@ -283,14 +284,14 @@ def _settings(overrides: Overrides) -> list[str]:
 def _document(given: Any, name: str) -> Node:
     if isinstance(given, str | Path):
         return document.read(given)
-    if not isinstance(given, Mapping | Options):
+    if not isinstance(given, Mapping | Settings):
         raise InputError(f"{name}: expected a path, a mapping or a spec, found a {type(given).__name__}")
     root = document.parse(_json(given), name, fixed_where=True)
     assert root is not None and isinstance(root.value, dict)
     return root
 
 
-def _json(given: Mapping[str, Any] | Options) -> str:
-    if isinstance(given, Options):
-        return given.model_dump_json(by_alias=True)
+def _json(given: Mapping[str, Any] | Settings) -> str:
+    if isinstance(given, Settings):
+        return to_json(given)
     return json.dumps(given, default=str)

@@ -1,12 +1,14 @@
 """Whether what every worker must hold fits its memory: weights, gradients and optimizer state, by plain arithmetic.
 
 Source: Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", 2020, section 3.
-Activations come on top; what one micro batch may take of the rest is `dtrain.plan`'s to decide.
+Activations come on top; what one micro batch may take of the rest is `dtrain.planning`'s to decide.
 """
 
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from msgspec.structs import replace
 
 from dtrain import component
 from dtrain.errors import InputError
@@ -92,7 +94,7 @@ def _advice(
     """The next move: the first other strategy with which a worker holds at most `memory_gib`."""
     for settings in OTHERS:
         options = component.with_name(settings["name"], component.load("strategies", settings["name"]).Options)
-        other = job.model_copy(update={"strategy": options(**settings)})
+        other = replace(job, strategy=options(**settings))
         needed = state_gib(other, workers, size, accumulation)
         if needed <= memory_gib and needed < held_gib:
             words = ", ".join(f"{key}: {str(value).lower()}" for key, value in settings.items())

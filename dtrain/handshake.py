@@ -10,38 +10,35 @@ import argparse
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
 import platform
 import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-from pydantic import Field
-
 from dtrain import __version__
-from dtrain.component import Options
 from dtrain.errors import ClusterError
 from dtrain.finding import Finding, Say
-from dtrain.plan import AnyPlan, Plan, read_plan
+from dtrain.plan import AnyPlan, Plan, plan_of
+from dtrain.settings import Settings, from_kept, to_json
 from dtrain.storage import NotThere, Storage
 
 RECORD = "versions.json"
 ALWAYS = ("ray", "torch")
 """Packages that every run needs on the cluster."""
-WATCHED = (*ALWAYS, "accelerate", "datasets", "deepspeed", "numpy", "peft", "pydantic", "tokenizers", "transformers")
+WATCHED = (*ALWAYS, "accelerate", "datasets", "deepspeed", "msgspec", "numpy", "peft", "tokenizers", "transformers")
 """Packages whose versions are kept in the run's folder."""
 CUDA_LINE = re.compile(r"^cuda\b[^=]*=\s*'([^']+)'", re.MULTILINE)
 
 
-class Versions(Options):
-    """What one Python has."""
+class Versions(Settings, forbid_unknown_fields=False):
+    """What one Python has; what another dtrain may add to it is passed over."""
 
     python: str
     dtrain: str
     code: str = ""
     """What dtrain's own sources hold, as a short word."""
-    packages: dict[str, str] = Field(default={})
+    packages: dict[str, str] = {}
     """Of those that are watched, the ones that are installed."""
     cuda: str | None = None
     """The CUDA that torch was built for; None for a build for CPUs, or no torch."""
@@ -197,7 +194,7 @@ def _first(version: str, parts: int) -> str:
 
 def record(storage: Storage, run_id: str) -> None:
     """On the client, at every submit: write down what it has. Raises `StorageError`."""
-    storage.write(f"{run_id}/{RECORD}", mine().model_dump_json(indent=2).encode())
+    storage.write(f"{run_id}/{RECORD}", to_json(mine()).encode())
 
 
 def check(storage: Storage, run_id: str, say: Say | None = None) -> None:
@@ -209,7 +206,7 @@ def check(storage: Storage, run_id: str, say: Say | None = None) -> None:
     # Another dtrain's plan may not even be readable here: first what does not depend on it.
     found = list(_differing(client, cluster)) if client is not None else []
     if not found:
-        found = compare(client, cluster, read_plan(storage.read(f"{run_id}/plan.json")[0].decode()))
+        found = compare(client, cluster, plan_of(storage, run_id))
     for finding in found:
         if finding.state == "warning" and say is not None:
             say(f"{finding.text}; {finding.remedy}")
@@ -219,12 +216,12 @@ def check(storage: Storage, run_id: str, say: Say | None = None) -> None:
 
 
 def _of_client(storage: Storage, run_id: str) -> Versions | None:
-    """What the client wrote down; what another dtrain may have added to it is passed over."""
+    """What the client wrote down."""
     try:
-        written = json.loads(storage.read(f"{run_id}/{RECORD}")[0])
+        found = storage.read(f"{run_id}/{RECORD}")[0]
     except NotThere:
         return None
-    return Versions(**{name: value for name, value in written.items() if name in Versions.model_fields})
+    return from_kept(found, Versions, f"{storage.uri}/{run_id}/{RECORD}")
 
 
 def text(versions: Versions) -> str:
@@ -238,7 +235,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m dtrain.handshake", description="What this Python has.")
     parser.add_argument("--text", action="store_true", help="in one line, for people")
     words = parser.parse_args()
-    print(text(mine()) if words.text else mine().model_dump_json(indent=2))
+    print(text(mine()) if words.text else to_json(mine()))
 
 
 if __name__ == "__main__":

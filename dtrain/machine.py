@@ -4,9 +4,9 @@ import os
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import Field, PositiveInt, model_validator
+from msgspec import Meta
 
-from dtrain.component import Options
+from dtrain.settings import PositiveInt, Settings
 
 
 @dataclass(frozen=True)
@@ -28,27 +28,25 @@ class Machine:
     """Whether the processor has bf16 dot products; without them bf16 is emulated, many times slower than fp32."""
 
 
-class MachineSpec(Options):
+class MachineSpec(Settings):
     """What each node of a cluster has for a run; planning reads it here and never looks at the machine it runs on."""
 
-    cores: Annotated[PositiveInt, Field(le=4096)]
+    cores: Annotated[PositiveInt, Meta(le=4096)]
     """Cores that a run may have on each node: all of them, less what the system and its own pods take."""
-    memory_gib: Annotated[float, Field(gt=0, le=100_000)]
+    memory_gib: Annotated[float, Meta(gt=0, le=100_000)]
     """Main memory that a run may have on each node, in GiB."""
-    gpus: Annotated[int, Field(ge=0, le=64)] = 0
+    gpus: Annotated[int, Meta(ge=0, le=64)] = 0
     """GPUs of each node."""
-    gpu: str = Field(default="", max_length=100)
+    gpu: Annotated[str, Meta(max_length=100)] = ""
     """What GPUs they are, for people to read."""
-    gpu_memory_gib: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    gpu_memory_gib: Annotated[float, Meta(gt=0, le=10_000)] | None = None
     """Memory of one GPU in GiB; to be given where there are GPUs."""
     bf16: bool | None = None
     """Whether what computes there does so in bf16; GPUs do and cores do not unless told otherwise."""
 
-    @model_validator(mode="after")
-    def _gpus_have_memory(self) -> "MachineSpec":
+    def __post_init__(self) -> None:
         if self.gpus and self.gpu_memory_gib is None:
             raise ValueError(f"{self.gpus} GPUs, and gpu_memory_gib does not say how much memory one of them has")
-        return self
 
     def machine(self) -> Machine:
         """The same, as planning takes it."""

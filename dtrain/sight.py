@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from dtrain.component import Options
+from dtrain.settings import Settings
 
 Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended"]
 
 
-class Sight(Options):
+class Sight(Settings):
     """What a cluster sees of a run at this moment."""
 
     phase: Phase

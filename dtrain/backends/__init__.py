@@ -1,6 +1,6 @@
 """Where a run goes. A backend is one file here, found by its name, with these things in it:
 
-- `Options`: its settings (`dtrain.component.Options`);
+- `Options`: its settings (a `dtrain.settings.Settings`);
 - `render(plan, run_path) -> Submission`: the very thing that `send` will send; never touches the network;
 - `send(submission, options, say) -> None`: hand the run over; returns as soon as the cluster has it; handing the same
   run over twice makes no second one. `say(text)` tells the person waiting what is going on. Raises `ClusterError`;
@@ -20,7 +20,7 @@ And where the cluster knows more of a run than its folder does (`local` has none
 Backends and the runtime share the plan and one entry-point string, nothing else.
 """
 
-from dtrain.component import Options
+from dtrain.settings import Settings, to_json
 from dtrain.sight import Phase as Phase
 from dtrain.sight import Sight as Sight
 
@@ -30,7 +30,7 @@ REMOTE_DRIVER = "dtrain.runtime.remote"
 """The same where the driver runs on another machine: `--storage URI_OR_FOLDER --run ID`."""
 
 
-class Submission(Options):
+class Submission(Settings):
     """What is sent: printed by `--dry-run`, sent by `submit`."""
 
     backend: str
@@ -42,4 +42,4 @@ class Submission(Options):
 
     def text(self) -> str:
         """What `--dry-run` prints."""
-        return self.model_dump_json(indent=2)
+        return to_json(self)

@@ -16,14 +16,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from msgspec import Meta
 
-from dtrain import component, fingerprint
+from dtrain import fingerprint
 from dtrain.backends import DRIVER, Submission
 from dtrain.errors import ClusterError
 from dtrain.machine import probe
+from dtrain.settings import Settings
 from dtrain.storage import is_remote
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ HEAD_NICENESS = 5
 """Training goes before Ray's own processes, and so does the zygote while both start."""
 
 
-class Options(component.Options):
+class Options(Settings):
     """A Ray head on this machine, bound to loopback, started on first use and kept warm."""
 
-    home: str = Field(default="~/.dtrain", min_length=1, max_length=1024)
+    home: Annotated[str, Meta(min_length=1, max_length=1024)] = "~/.dtrain"
     """Folder that holds what belongs to the embedded cluster: its record, token and logs."""
 
     def check_storage(self, storage: str) -> None:

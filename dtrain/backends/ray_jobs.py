@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.backends import REMOTE_DRIVER, Sight, Submission
 from dtrain.errors import ClusterError, InputError
 from dtrain.machine import MachineSpec
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     from dtrain.plan import AnyPlan
@@ -41,15 +41,15 @@ MAX_WHY = 300
 Say = Callable[[str], None]
 
 
-class Options(component.Options):
+class Options(Settings):
     """A Ray cluster that runs already, by the address of its dashboard; runs are Ray jobs there."""
 
-    address: Annotated[str, Field(pattern=r"^https?://[^/\s]+(/.*)?$", max_length=1024)] = "http://127.0.0.1:8265"
+    address: Annotated[str, Meta(pattern=r"^https?://[^/\s]+(/.*)?\Z", max_length=1024)] = "http://127.0.0.1:8265"
     """Address of its dashboard. A token is taken from where Ray's own tools look: `RAY_AUTH_TOKEN`,
     `RAY_AUTH_TOKEN_PATH`, or `~/.ray/auth_token` with `RAY_AUTH_MODE=token`."""
-    python: str = Field(default="python", min_length=1, max_length=1024)
+    python: Annotated[str, Meta(min_length=1, max_length=1024)] = "python"
     """The Python on the cluster's machines that has dtrain installed."""
-    environment: dict[str, str] = Field(default={})
+    environment: dict[str, str] = {}
     """Environment variables of the run's processes there. Everybody who sees the dashboard sees them: no secrets."""
     machine: MachineSpec | None = None
     """What each node has; like this machine when left out."""

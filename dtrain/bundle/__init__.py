@@ -20,10 +20,10 @@ from typing import Any, TypeVar
 from dtrain import code
 from dtrain.bundle import archive, files
 from dtrain.bundle.rebase import REFERENCES, import_root, rebase
-from dtrain.component import Options
 from dtrain.errors import ClusterError, InputError, StorageError
 from dtrain.finding import Say
 from dtrain.plan import AnyPlan
+from dtrain.settings import Settings, from_kept, to_json
 from dtrain.storage import Conflict, NotThere, Storage
 
 __all__ = [
@@ -56,7 +56,7 @@ MOST_NAMED = 5
 P = TypeVar("P", bound=AnyPlan)
 
 
-class Shipped(Options):
+class Shipped(Settings):
     """What a run's folder says of the code that was sent for it."""
 
     digest: str
@@ -153,7 +153,7 @@ def send(storage: Storage, plan: AnyPlan, folder: Path | None = None, say: Say |
 
 def record(storage: Storage, run_id: str, bundle: Bundle) -> None:
     """Write into a run's folder which code it uses. Raises `StorageError`."""
-    storage.write(f"{run_id}/{RECORD}", bundle.shipped.model_dump_json(indent=2).encode())
+    storage.write(f"{run_id}/{RECORD}", to_json(bundle.shipped).encode())
 
 
 def settle(storage: Storage, plan: P, bundle: Bundle) -> P:
@@ -216,7 +216,7 @@ def arrive(
                 f"{lost[0]} is not on this node, and {run_id} has no {RECORD} that says where its code is; submit again"
             ) from None
     else:
-        shipped = Shipped.model_validate_json(found)
+        shipped = from_kept(found, Shipped, f"{storage.uri}/{run_id}/{RECORD}")
         moved = _moved(plan, shipped, fetch(storage, shipped.digest, folder, mounted))
     _check_installed(plan, moved, say)
     return moved

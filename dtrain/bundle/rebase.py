@@ -10,9 +10,11 @@ from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
+from msgspec.structs import replace
+
 from dtrain import code
-from dtrain.component import Options
 from dtrain.plan import AnyPlan, Plan, ScriptPlan
+from dtrain.settings import Settings
 
 P = TypeVar("P", bound=AnyPlan)
 REFERENCES = ("build", "open", "transform")
@@ -39,10 +41,10 @@ def rebase(plan: P, old_root: str, new_root: str, is_there: Callable[[str], bool
     if isinstance(plan, ScriptPlan):
         script = move.path(plan.entrypoint.script)
         changes |= {
-            "entrypoint": plan.entrypoint.model_copy(update={"script": script}),
+            "entrypoint": replace(plan.entrypoint, script=script),
             "folder": folder if (folder := move.path(plan.folder)) != plan.folder and is_there(folder) else new_root,
         }
-    return plan.model_copy(update=changes)
+    return replace(plan, **changes)
 
 
 def import_root(reference: str, files: dict[str, str]) -> str | None:
@@ -73,7 +75,7 @@ class _Move:
     def options(self, options: Any, files: dict[str, str]) -> Any:
         """A component's options; a module that the client imports from elsewhere than `path` is imported from there."""
         changes: dict[str, Any] = {}
-        for name in type(options).model_fields:
+        for name in type(options).__struct_fields__:
             before = getattr(options, name)
             after = self.path(before) if name in REFERENCES and isinstance(before, str) else self._value(before)
             if after != before:
@@ -82,11 +84,11 @@ class _Move:
         if reference is not None:
             root = import_root(reference, files)
             changes["path"] = self.path(root if root is not None and self.moves(root) else options.path)
-        return options.model_copy(update=changes)
+        return replace(options, **changes)
 
     def _value(self, value: Any) -> Any:
         """A declared setting; mappings are the user's own arguments."""
-        if isinstance(value, Options):
+        if isinstance(value, Settings):
             return self.options(value, {})
         if isinstance(value, tuple):
             return tuple(self._value(one) for one in value)

@@ -20,6 +20,7 @@ from dtrain.checkpoint import shelf
 from dtrain.checkpoint.snapshot import segments
 from dtrain.errors import StorageError
 from dtrain.messages import receive, send
+from dtrain.settings import convert
 from dtrain.spec.job import Keep
 
 
@@ -27,7 +28,7 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
     torch.set_num_threads(1)
     torch.serialization.set_crc32_options(False)  # the manifest's SHA-256 says more, and a sum is time of a core
     channel = socket.socket(fileno=descriptors[0])
-    keep = Keep.model_validate(args["keep"])
+    keep = convert(args["keep"], Keep)
     shelved = shelf.of(Path(args["folder"]), args.get("away"))
     node, num_nodes = args["node"], args["num_nodes"]
     while (request := receive(channel)) is not None:

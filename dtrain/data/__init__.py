@@ -1,6 +1,6 @@
 """On what is trained. A data source is one file here, found by its name, with five things in it:
 
-- `Options`: its settings (`dtrain.component.Options`);
+- `Options`: its settings (a `dtrain.settings.Settings`);
 - `describe(options) -> DataShape`: what a model must know of it, without reading it;
 - `resolve(options, folder) -> Options`: the same with relative paths taken from `folder`; workers start elsewhere;
 - `prepare(options, cache)`: download nothing, convert once, keep by content hash under the folder `cache`;

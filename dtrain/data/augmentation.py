@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.data.chance import uniform
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -14,14 +14,14 @@ _FLIP, _CROP, _PART = 1, 2, 3
 _MAX_ASPECT = 4 / 3
 
 
-class Augmentation(component.Options):
+class Augmentation(Settings):
     """What is done to training pictures by chance; nothing by default."""
 
     horizontal_flip: bool = False
     """Mirror half of the pictures, left to right."""
-    crop_padding: Annotated[int, Field(ge=0, le=512)] = 0
+    crop_padding: Annotated[int, Meta(ge=0, le=512)] = 0
     """Pad pictures with this many black pixels on each side and crop them at a random place; 4 is usual for CIFAR."""
-    resized_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    resized_crop: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Crop a random part of at least this share of the area and scale it to `size`; 0.08 is usual for ImageNet."""
 
 

@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import code, component
-from dtrain.component import Says
+from dtrain import code
 from dtrain.data import Dataset, DataShape
 from dtrain.errors import InputError, TrainingError
+from dtrain.settings import NonNegativeInt, Says, Settings, to_builtins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +25,7 @@ EXPECTED = (
 )
 
 
-class Shape(component.Options):
+class Shape(Settings):
     """What models must know of the data before it is opened."""
 
     kind: Literal["tokens", "masked", "pairs", "images", "table", "series", "custom"] = "custom"
@@ -51,15 +52,15 @@ class Shape(component.Options):
     """Whether a batch takes less than a millisecond to read, so that nothing is gained by reading ahead."""
 
 
-class Options(component.Options):
+class Options(Settings):
     """Data of your own; `data: ./task.py:open_data` is short for it."""
 
-    open: Annotated[str, Field(min_length=3, max_length=1024), Says(code.EXPECTED)]
+    open: Annotated[str, Meta(min_length=3, max_length=1024), Says(code.EXPECTED)]
     """Function that opens it, called with (**options) on every worker; a relative path starts at the job file's
     folder."""
-    options: dict[str, Any] = Field(default={})
+    options: dict[str, Any] = {}
     """What the function is given by name."""
-    path: str = Field(default="", max_length=1024)
+    path: Annotated[str, Meta(max_length=1024)] = ""
     """Folder that is put first on the import path; the job file's own when left out."""
     shape: Shape = Shape()
     """What it holds: needed by dtrain's own models; given to a task of your own as `data`."""
@@ -67,7 +68,7 @@ class Options(component.Options):
 
 def describe(options: Options) -> DataShape:
     """What the job says of it."""
-    return DataShape(**options.shape.model_dump())
+    return DataShape(**to_builtins(options.shape))
 
 
 def resolve(options: Options, folder: Path) -> Options:
@@ -80,7 +81,7 @@ def resolve(options: Options, folder: Path) -> Options:
             code.check_call(reference, file, (), options.options)
     except InputError as error:
         raise InputError(f"data.open: {error.message}") from None
-    return options.model_copy(update={"open": reference, "path": str(path)})
+    return replace(options, open=reference, path=str(path))
 
 
 def own_code(options: Options) -> list[Path]:

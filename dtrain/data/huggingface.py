@@ -6,19 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
 from dtrain import component
 from dtrain.data import DataShape, samples
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.samples import Parts, Rows, Samples
 from dtrain.errors import InputError
+from dtrain.settings import Settings
 
 HELD_OUT_SPLITS = ("validation", "valid", "val", "test")
 _SPLITS, _STATE, _INFO = "dataset_dict.json", "state.json", "dataset_info.json"
 
 
-class Options(component.Options):
+class Options(Settings):
     """A data set that the library `datasets` saved with `save_to_disk`, of any kind."""
 
     source: str
@@ -29,7 +31,7 @@ class Options(component.Options):
     """Split to train on, where it has several."""
     held_out_split: str | None = None
     """Split that is held out; by default `validation` or `test`, where there is one."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.1
     """Share of the rows that is held out where no split is."""
 
 
@@ -41,11 +43,10 @@ def describe(options: Options) -> DataShape:
 def resolve(options: Options, folder: Path) -> Options:
     """The same options with relative paths taken from `folder`. Raises `InputError` for what does not go together."""
     samples.describe(options.samples)
-    return options.model_copy(
-        update={
-            "source": os.path.abspath(folder / Path(options.source).expanduser()),
-            "samples": samples.resolve(options.samples, folder),
-        }
+    return replace(
+        options,
+        source=os.path.abspath(folder / Path(options.source).expanduser()),
+        samples=samples.resolve(options.samples, folder),
     )
 
 

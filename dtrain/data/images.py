@@ -6,14 +6,15 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
-from dtrain.data import DataShape, pictures
+from dtrain.data import DataShape, picture_sets, pictures
 from dtrain.data.augmentation import Augmentation
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.pixels import LARGE, ImageSource, Look, convert
 from dtrain.errors import InputError, TrainingError
+from dtrain.settings import Float, PositiveFloat, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -48,7 +49,7 @@ _KNOWN = {
 }
 
 
-class Options(component.Options):
+class Options(Settings):
     """Pictures with labels: real handwritten digits, MNIST and CIFAR files, or folders of classes."""
 
     source: str = DIGITS
@@ -57,25 +58,25 @@ class Options(component.Options):
     format: Format | None = None
     """What `source` holds: by default `digits` for digits, else `folders`; `mnist` is its IDX files, packed or not,
     `cifar10` and `cifar100` their binary versions."""
-    num_classes: Annotated[int, Field(ge=2, le=2**20)] | None = None
+    num_classes: Annotated[int, Meta(ge=2, le=2**20)] | None = None
     """Number of labels; known for all but folders."""
-    size: Annotated[int, Field(ge=4, le=2048)] | None = None
+    size: Annotated[int, Meta(ge=4, le=2048)] | None = None
     """Height and width of a picture in pixels, to which others are scaled; known for all but folders."""
     channels: Literal[1, 3] | None = None
     """1 for grey, 3 for colours; by default as the set is, 3 for folders."""
-    center_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    center_crop: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Share of the shorter side that is kept, in the middle; 0.875 is usual for ImageNet."""
     augment: Augmentation = Augmentation()
     """What is done to training pictures by chance."""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Float, ...] | None = None
     """Subtracted from each channel (black is 0, white 1); by default its mean over the training pictures."""
-    std: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[PositiveFloat, ...], Meta(min_length=1)] | None = None
     """What each channel is divided by then; by default its standard deviation. With mean and std [0.5], pixels run
     from -1 to 1."""
     decode: Literal["once", "on_read"] | None = None
     """Keep decoded pixels in the cache, or decode files whenever they are read; by default once, but on_read for
     folders from size 128 on."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] | None = None
     """Share of each class that is never trained on; 0.2 by default. Only where the set does not say itself."""
 
 
@@ -98,7 +99,7 @@ def resolve(options: Options, folder: Path) -> Options:
     options = _complete(options)
     if options.format == DIGITS:
         return options
-    return options.model_copy(update={"source": os.path.abspath(folder / Path(options.source).expanduser())})
+    return replace(options, source=os.path.abspath(folder / Path(options.source).expanduser()))
 
 
 def prepare(options: Options, cache: Path) -> None:
@@ -124,16 +125,16 @@ class _Set:
     def __init__(self, options: Options) -> None:
         assert options.num_classes
         self._options, self._num_classes = options, options.num_classes
-        self._tree: pictures.Tree | None = None
+        self._tree: picture_sets.Tree | None = None
         if options.format == "digits":
-            self._files = {"all": [pictures.digits_file()]}
+            self._files = {"all": [picture_sets.digits_file()]}
         elif options.format == "folders":
-            self._tree = pictures.tree(options.source, options.num_classes)
+            self._tree = picture_sets.tree(options.source, options.num_classes)
             self._files = {}
         elif options.format in ("cifar10", "cifar100"):
-            self._files = pictures.cifar_files(options.source, options.format)
+            self._files = picture_sets.cifar_files(options.source, options.format)
         else:
-            self._files = pictures.idx_files(options.source)
+            self._files = picture_sets.idx_files(options.source)
 
     @property
     def watched(self) -> list[str]:
@@ -150,14 +151,14 @@ class _Set:
         """The pictures; those in folders are not decoded yet."""
         kind, count = self._options.format, self._num_classes
         if kind == "digits":
-            return pictures.digits(self._files["all"][0])
+            return picture_sets.digits(self._files["all"][0])
         if kind == "folders":
             assert self._tree
             return pictures.Found(self._tree.classes, *self._parts)
         if kind in ("cifar10", "cifar100"):
-            return pictures.cifar(self._files, kind, count)
+            return picture_sets.cifar(self._files, kind, count)
         names = _KNOWN[kind or ""].names
-        return pictures.idx(self._files, names if len(names) == count else tuple(map(str, range(count))))
+        return picture_sets.idx(self._files, names if len(names) == count else tuple(map(str, range(count))))
 
     def reopen(self, folder: Path, part: str, labels: "np.ndarray") -> pictures.Files:
         """The pictures of a part that `Files.note` noted in `folder`."""
@@ -169,7 +170,7 @@ class _Set:
     def _parts(self) -> list[pictures.Files]:
         assert self._tree
         return [
-            pictures.Files(root, *pictures.listed(root, self._tree.classes))
+            pictures.Files(root, *picture_sets.listed(root, self._tree.classes))
             for root in (self._tree.train, self._tree.held_out)
             if root is not None
         ]
@@ -198,14 +199,13 @@ def _complete(options: Options) -> Options:
     if options.held_out is not None and kind not in ("folders", DIGITS):
         raise InputError(f"data.held_out: {kind} says itself which pictures are held out; leave it out")
     size = options.size or (known.size if known else 0)
-    options = options.model_copy(
-        update={
-            "format": kind,
-            "num_classes": options.num_classes or (known.num_classes if known else None),
-            "size": size,
-            "channels": options.channels or (known.channels if known else 3),
-            "decode": options.decode or ("on_read" if kind == "folders" and size >= LARGE else "once"),
-        }
+    options = replace(
+        options,
+        format=kind,
+        num_classes=options.num_classes or (known.num_classes if known else None),
+        size=size,
+        channels=options.channels or (known.channels if known else 3),
+        decode=options.decode or ("on_read" if kind == "folders" and size >= LARGE else "once"),
     )
     _look(options).check()
     return options

@@ -15,14 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import code, component
-from dtrain.component import Says
+from dtrain import code
 from dtrain.data import DataShape, columns, samples
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.samples import Images, Parts, Rows, Samples, Table
 from dtrain.errors import ClusterError, DtrainError, InputError
+from dtrain.settings import PositiveInt, Says, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,21 +37,21 @@ _START_TIMEOUT_S = 120
 _WITH_PATHS = ("images", "text", "binary")
 
 
-class Options(component.Options):
+class Options(Settings):
     """Files that Ray Data reads and a function of yours transforms, with as many processes as there are cores."""
 
-    source: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    source: str | Annotated[tuple[str, ...], Meta(min_length=1)]
     """A file, a folder, a glob, or a list of them."""
     read: Literal["csv", "parquet", "json", "images", "text", "binary"]
     """As what Ray Data reads the files; of images, text and binary files the column `path` says where a row is from."""
-    transform: Annotated[str, Field(min_length=3, max_length=1024), Says(code.EXPECTED)] | None = None
+    transform: Annotated[str, Meta(min_length=3, max_length=1024), Says(code.EXPECTED)] | None = None
     """Function that is called with the ray.data.Dataset that was read and gives another; a relative path starts at the
     job file's folder. Its file's contents tell whether it has changed."""
-    path: str = Field(default="", max_length=1024)
+    path: Annotated[str, Meta(max_length=1024)] = ""
     """Folder that is put first on the import path; the job file's own when left out."""
     samples: Samples
     """What the columns become that it gives."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.1
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.1
     """Share of the rows that is never trained on."""
     address: str | None = None
     """Ray cluster to preprocess on, as `ray.init` takes it, which must see the files and have cores to spare; by
@@ -82,13 +83,12 @@ def resolve(options: Options, folder: Path) -> Options:
         except InputError as error:
             raise InputError(f"data.transform: {error.message}") from None
     given = [options.source] if isinstance(options.source, str) else options.source
-    return options.model_copy(
-        update={
-            "source": tuple(os.path.abspath(folder / Path(one).expanduser()) for one in given),
-            "transform": transform,
-            "path": str(path),
-            "samples": samples.resolve(options.samples, folder),
-        }
+    return replace(
+        options,
+        source=tuple(os.path.abspath(folder / Path(one).expanduser()) for one in given),
+        transform=transform,
+        path=str(path),
+        samples=samples.resolve(options.samples, folder),
     )
 
 

@@ -14,9 +14,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
 from dtrain.data import DataShape, columns, pictures, table, text
 from dtrain.data.augmentation import Augmentation
 from dtrain.data.holding import absent_from
@@ -26,6 +26,7 @@ from dtrain.data.tokens import TRAINING_BYTES, BytePairs, TokenizerOptions, iden
 from dtrain.data.tokens import check as check_tokenizer
 from dtrain.data.tokens import resolve as resolve_tokenizer
 from dtrain.errors import DtrainError, InputError, TrainingError
+from dtrain.settings import Float, PositiveFloat, PositiveInt, Settings, all_but, one_of, to_builtins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,7 +38,7 @@ FORMAT = 1
 _DOCUMENTS = 1024
 
 
-class Images(component.Options):
+class Images(Settings):
     """Pictures with labels."""
 
     name: Literal["images"] = "images"
@@ -45,26 +46,26 @@ class Images(component.Options):
     """Column with the pictures: files of any usual format as bytes, or pixels from 0 to 255."""
     label: str = "label"
     """Column with the labels: whole numbers from 0."""
-    num_classes: Annotated[int, Field(ge=2, le=2**20)]
+    num_classes: Annotated[int, Meta(ge=2, le=2**20)]
     """Number of labels."""
-    size: Annotated[int, Field(ge=4, le=2048)]
+    size: Annotated[int, Meta(ge=4, le=2048)]
     """Height and width of a picture in pixels, to which others are scaled."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colours."""
-    center_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    center_crop: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
     """Share of the shorter side that is kept, in the middle; 0.875 is usual for ImageNet."""
     augment: Augmentation = Augmentation()
     """What is done to training pictures by chance."""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Float, ...] | None = None
     """Subtracted from each channel (black is 0, white 1); by default its mean over the training pictures."""
-    std: Annotated[tuple[Annotated[float, Field(gt=0.0)], ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[PositiveFloat, ...], Meta(min_length=1)] | None = None
     """What each channel is divided by then; by default its standard deviation."""
     decode: Literal["once", "on_read"] | None = None
     """Keep decoded pixels in the cache, or decode pictures whenever they are read; by default once, but on_read from
     size 128 on."""
 
 
-class Tokens(component.Options):
+class Tokens(Settings):
     """Text, to predict the next token of."""
 
     name: Literal["tokens"] = "tokens"
@@ -72,32 +73,35 @@ class Tokens(component.Options):
     """Column with the text; each row is a document."""
     tokenizer: TokenizerOptions = BytePairs()
     """How text becomes numbers."""
-    sequence_length: PositiveInt = Field(default=256, le=2**20)
+    sequence_length: Annotated[PositiveInt, Meta(le=2**20)] = 256
     """Tokens a sample trains on: how far back the model can look."""
     held_out_limit: PositiveInt = 512_000
     """At most this many bytes of text are held out, so that the evaluation over all of them stays quick."""
-    held_out_context: Annotated[float, Field(ge=0.0, le=0.9)] = 0.5
+    held_out_context: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.5
     """Share of a held-out window that only gives context and was predicted in the window before; 0 is quickest."""
 
 
-class Table(component.Options):
+class Table(Settings):
     """Rows of numbers and categories, from which a class or a number is predicted."""
 
     name: Literal["table"] = "table"
     target: str
     """Column to predict."""
-    num_classes: Annotated[int, Field(ge=2, le=2**20)] | None = None
+    num_classes: Annotated[int, Meta(ge=2, le=2**20)] | None = None
     """Number of different values of the target, to predict a class; without it, a number is predicted."""
     features: tuple[str, ...] = ()
     """Columns with numbers to predict from."""
-    categories: dict[str, PositiveInt] = {}  # noqa: RUF012 -- pydantic copies it
+    categories: dict[str, PositiveInt] = {}
     """Columns with words to predict from, each with how many of its most frequent words count: a feature is made of
     each, 1 where the row has that word."""
     missing: Literal["refuse", "mean"] = "refuse"
     """What is done where a number is missing: stop, or take the mean of the training rows."""
 
 
-Samples = Annotated[Images | Tokens | Table, Field(discriminator="name")]
+if TYPE_CHECKING:
+    Samples = Images | Tokens | Table
+else:
+    Samples = one_of(Images, Tokens, Table)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def resolve(samples: Images | Tokens | Table, folder: Path) -> Images | Tokens |
     """The same with relative paths taken from `folder`."""
     if not isinstance(samples, Tokens):
         return samples
-    return samples.model_copy(update={"tokenizer": resolve_tokenizer(samples.tokenizer, folder)})
+    return replace(samples, tokenizer=resolve_tokenizer(samples.tokenizer, folder))
 
 
 def settings(samples: Images | Tokens | Table, held_out: float) -> list[Any]:
@@ -157,7 +161,7 @@ def settings(samples: Images | Tokens | Table, held_out: float) -> list[Any]:
         return [FORMAT, "images", columns_of, _look(samples, held_out).settings()]
     if isinstance(samples, Tokens):
         return [FORMAT, "tokens", samples.text, identity(samples.tokenizer), samples.held_out_limit, held_out]
-    return [FORMAT, "table", samples.model_dump(), held_out]
+    return [FORMAT, "table", to_builtins(samples), held_out]
 
 
 def reads_rows(samples: Images | Tokens | Table) -> bool:
@@ -322,7 +326,7 @@ def _text(samples: Tokens, source: str) -> text.Options:
 
 
 def _table(samples: Table, source: str, held_out: float) -> table.Options:
-    return table.Options(source=source, held_out=held_out, **samples.model_dump(exclude={"name"}))
+    return table.Options(source=source, held_out=held_out, **all_but("name", samples))
 
 
 def _convert_text(samples: Tokens, both: Sequence[Rows], held_out: float, folder: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
+from msgspec.structs import replace
 
 from dtrain import component
 from dtrain.data import DataShape, columns
@@ -20,6 +21,7 @@ from dtrain.data.holding import shuffled
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.prepared import read_meta
 from dtrain.errors import InputError
+from dtrain.settings import PositiveInt, Settings, all_but
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +33,7 @@ _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT",
 _TARGET, _TIME = "temperature", "month"
 
 
-class Options(component.Options):
+class Options(Settings):
     """A time series from a CSV or Parquet file: from the last steps, the next values of a column are predicted."""
 
     source: str = ELNINO
@@ -44,16 +46,16 @@ class Options(component.Options):
     features: tuple[str, ...] | None = None
     """Columns with numbers to predict from; by default all but the time, with the target among them. Where the file is
     not at hand when a job is planned, they must be listed."""
-    sequence_length: PositiveInt = Field(default=24, le=2**16)
+    sequence_length: Annotated[PositiveInt, Meta(le=2**16)] = 24
     """Time steps that a prediction is made from."""
-    horizon: PositiveInt = Field(default=6, le=2**16)
+    horizon: Annotated[PositiveInt, Meta(le=2**16)] = 6
     """Time steps that are predicted, the next ones."""
     season: PositiveInt | None = None
     """Time steps after which the series is likely to repeat, 12 for months of a year (known of elnino): forecasts by
     the season are then among the yardsticks."""
     missing: Literal["refuse", "previous"] = "refuse"
     """What is done where a number is missing: stop, or take the one before it."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.2
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.2
     """Share of the time steps that is never trained on: the last ones."""
 
 
@@ -81,7 +83,7 @@ def resolve(options: Options, folder: Path) -> Options:
     options = _complete(options)
     if options.source == ELNINO:
         return options
-    options = options.model_copy(update={"source": columns.resolved(options.source, folder)[0]})
+    options = replace(options, source=columns.resolved(options.source, folder)[0])
     return _with_features(options)
 
 
@@ -172,9 +174,7 @@ def _complete(options: Options) -> Options:
                     )
         if options.time not in (None, _TIME):
             raise InputError(f"data.time: the time of {ELNINO} is in {_TIME!r}; leave data.time out")
-        return options.model_copy(
-            update={"target": _TARGET, "time": _TIME, "features": (_TARGET,), "season": options.season or len(_MONTHS)}
-        )
+        return replace(options, target=_TARGET, time=_TIME, features=(_TARGET,), season=options.season or len(_MONTHS))
     if options.target is None:
         raise InputError(
             f"data.target must be given for {options.source}: the column to predict; write under data, e.g."
@@ -198,7 +198,7 @@ def _with_features(options: Options) -> Options:
     for key, name in (("target", options.target), ("time", options.time)):
         if name is not None and name not in names:
             raise InputError(f"data.{key}: {options.source} has no column {name!r}{component.suggestion(name, names)}")
-    return options.model_copy(update={"features": tuple(name for name in names if name != options.time)})
+    return replace(options, features=tuple(name for name in names if name != options.time))
 
 
 def _path(options: Options) -> str:
@@ -235,7 +235,7 @@ def _elnino(path: str) -> columns.Table:
 
 
 def _settings(options: Options) -> list[Any]:
-    return [FORMAT, options.source == ELNINO, options.model_dump(exclude={"source"})]
+    return [FORMAT, options.source == ELNINO, all_but("source", options)]
 
 
 def _prepare(options: Options, cache: Path) -> Path:

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
+from msgspec.structs import replace
 
 from dtrain import component
 from dtrain.data import DataShape, columns
@@ -17,6 +18,7 @@ from dtrain.data.holding import hold_out, shuffled
 from dtrain.data.kept import find, keep, sha256
 from dtrain.data.prepared import read_meta
 from dtrain.errors import InputError
+from dtrain.settings import PositiveInt, Settings, all_but
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,25 +69,25 @@ _KNOWN = {
 }
 
 
-class Options(component.Options):
+class Options(Settings):
     """Rows of a CSV or Parquet file: numbers and categories, from which a class or a number is predicted."""
 
-    source: str | Annotated[tuple[str, ...], Field(min_length=1)] = "breast_cancer"
+    source: str | Annotated[tuple[str, ...], Meta(min_length=1)] = "breast_cancer"
     """`breast_cancer`, `iris`, `wine` (classes) or `diabetes` (a number), real tables that scikit-learn brings along,
     or your own: a CSV or Parquet file, a folder, a glob, or a list of them."""
     target: str | None = None
     """Column to predict; known for the tables that come along."""
-    num_classes: Annotated[int, Field(ge=2, le=2**20)] | None = None
+    num_classes: Annotated[int, Meta(ge=2, le=2**20)] | None = None
     """Number of different values of the target, to predict a class; without it, a number is predicted."""
     features: tuple[str, ...] | None = None
     """Columns with numbers to predict from; by default all others. Where the file is not at hand when a job is
     planned, they must be listed."""
-    categories: dict[str, PositiveInt] = {}  # noqa: RUF012 -- pydantic copies it
+    categories: dict[str, PositiveInt] = {}
     """Columns with words to predict from, each with how many of its most frequent words count: a feature is made of
     each, 1 where the row has that word."""
     missing: Literal["refuse", "mean"] = "refuse"
     """What is done where a number is missing: stop, or take the mean of the training rows."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.2
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.2
     """Share of the rows, of each class, that is never trained on."""
 
 
@@ -112,7 +114,7 @@ def resolve(options: Options, folder: Path) -> Options:
     options = _complete(options)
     if options.source in _KNOWN:
         return options
-    options = options.model_copy(update={"source": columns.resolved(options.source, folder)})
+    options = replace(options, source=columns.resolved(options.source, folder))
     return _with_features(options) if options.features is None else options
 
 
@@ -191,9 +193,7 @@ def _complete(options: Options) -> Options:
                     f"data.features: {options.source} has no column"
                     f" {name!r}{component.suggestion(name, known.features)}"
                 )
-        options = options.model_copy(
-            update={"target": known.target, "num_classes": known.num_classes, "features": features}
-        )
+        options = replace(options, target=known.target, num_classes=known.num_classes, features=features)
     elif options.target is None:
         raise InputError(
             f"data.target must be given for {_shown(options.source)}: the column to predict; write under data, e.g."
@@ -224,7 +224,7 @@ def _with_features(options: Options) -> Options:
         raise InputError(
             f"data.target: {path} has no column {options.target!r}{component.suggestion(str(options.target), names)}"
         )
-    return _complete(options.model_copy(update={"features": features}))
+    return _complete(replace(options, features=features))
 
 
 def _shown(source: str | Sequence[str]) -> str:
@@ -246,7 +246,7 @@ def _paths(options: Options) -> list[str]:
 
 def _settings(options: Options) -> list[Any]:
     known = options.source if options.source in _KNOWN else None
-    return [FORMAT, known, options.model_dump(exclude={"source"})]
+    return [FORMAT, known, all_but("source", options)]
 
 
 def _prepare(options: Options, cache: Path) -> Path:

@@ -10,9 +10,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
 from dtrain.data import Dataset, DataShape, corpus
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
 from dtrain.data.tokens import TRAINING_BYTES, BytePairs, FromFile, TokenizerOptions, check, identity, learn
@@ -20,6 +20,7 @@ from dtrain.data.tokens import load as load_tokenizer
 from dtrain.data.tokens import resolve as resolve_tokenizer
 from dtrain.data.windows import HeldOutWindows, MaskedWindows, Windows, num_hidden
 from dtrain.errors import InputError
+from dtrain.settings import PositiveInt, Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,27 +32,27 @@ FORMAT = 2
 _BATCH_BYTES = 8 * 2**20
 
 
-class Options(component.Options):
+class Options(Settings):
     """Text from files, or the sources and documentation of the Python standard library."""
 
-    source: str | Annotated[tuple[str, ...], Field(min_length=1)] = corpus.PYTHON_STDLIB
+    source: str | Annotated[tuple[str, ...], Meta(min_length=1)] = corpus.PYTHON_STDLIB
     """`python-stdlib`, which every Python brings along, or your own: a file, a folder, a glob, or a list of them."""
     tokenizer: TokenizerOptions = BytePairs()
     """How text becomes numbers."""
-    sequence_length: PositiveInt = Field(default=256, le=2**20)
+    sequence_length: Annotated[PositiveInt, Meta(le=2**20)] = 256
     """Tokens a sample trains on: how far back the model can look."""
     objective: Literal["next", "masked"] = "next"
     """What is predicted: the next token, or tokens that are hidden (for an encoder)."""
-    mask_share: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    mask_share: Annotated[float, Meta(gt=0.0, lt=1.0)] = 0.15
     """Share of the tokens of a sample that `objective: masked` hides."""
     documents: Literal["joined", "packed"] = "joined"
     """Whether a token sees those of other documents before it in its sample: `packed` documents share a sample but see
     nothing of each other."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.05
     """Share of the text that is never trained on, taken in whole folders or files where there are enough of them."""
     held_out_limit: PositiveInt = 512_000
     """At most this many bytes are held out, so that the evaluation over all of them stays quick."""
-    held_out_context: Annotated[float, Field(ge=0.0, le=0.9)] = 0.5
+    held_out_context: Annotated[float, Meta(ge=0.0, le=0.9)] = 0.5
     """Share of a held-out window that only gives context and was predicted in the window before; 0 is quickest."""
 
 
@@ -67,11 +68,11 @@ def describe(options: Options) -> DataShape:
 
 def resolve(options: Options, folder: Path) -> Options:
     """The same options with relative paths taken from `folder`."""
-    options = options.model_copy(update={"tokenizer": resolve_tokenizer(options.tokenizer, folder)})
+    options = replace(options, tokenizer=resolve_tokenizer(options.tokenizer, folder))
     if options.source == corpus.PYTHON_STDLIB:
         return options
     paths = [options.source] if isinstance(options.source, str) else options.source
-    return options.model_copy(update={"source": tuple(str(folder / Path(path).expanduser()) for path in paths)})
+    return replace(options, source=tuple(str(folder / Path(path).expanduser()) for path in paths))
 
 
 def prepare(options: Options, cache: Path) -> None:

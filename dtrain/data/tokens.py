@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain.component import Options as BaseOptions
 from dtrain.errors import InputError
+from dtrain.settings import Settings, one_of, to_builtins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,7 +37,7 @@ _WORDS = (
 """Pairs are never merged across these: the words of GPT-4's tokenizer, over bytes."""
 
 
-class Bytes(BaseOptions):
+class Bytes(Settings):
     """Every byte is a token."""
 
     name: Literal["bytes"] = "bytes"
@@ -50,11 +51,11 @@ class Bytes(BaseOptions):
         return 258
 
 
-class BytePairs(BaseOptions):
+class BytePairs(Settings):
     """Byte-pair encoding (Sennrich et al., 2016) learnt from the training part of the corpus."""
 
     name: Literal["bpe"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=257, le=2**20)] = 4096
+    vocab_size: Annotated[int, Meta(ge=257, le=2**20)] = 4096
     """Tokens in the vocabulary: 256 bytes, a separator, and merged pairs."""
 
     @property
@@ -66,17 +67,17 @@ class BytePairs(BaseOptions):
         return self.vocab_size + 1
 
 
-class FromFile(BaseOptions):
+class FromFile(Settings):
     """A model's own tokenizer, for training on what others have trained."""
 
     name: Literal["file"] = "file"
-    path: Annotated[str, Field(min_length=1, max_length=4096)]
+    path: Annotated[str, Meta(min_length=1, max_length=4096)]
     """Its tokenizer.json."""
-    vocab_size: Annotated[int, Field(ge=2, le=2**24)]
+    vocab_size: Annotated[int, Meta(ge=2, le=2**24)]
     """Tokens it knows; checked against the file when the text is prepared."""
-    separator: Annotated[str, Field(min_length=1, max_length=256)] = "<|endoftext|>"
+    separator: Annotated[str, Meta(min_length=1, max_length=256)] = "<|endoftext|>"
     """The token that precedes each document, as the file calls it, e.g. </s> or [SEP]."""
-    mask: Annotated[str, Field(min_length=1, max_length=256)] = "[MASK]"
+    mask: Annotated[str, Meta(min_length=1, max_length=256)] = "[MASK]"
     """The token that stands for hidden ones, as the file calls it; only `objective: masked` needs it."""
 
     @property
@@ -88,7 +89,10 @@ class FromFile(BaseOptions):
         return self.vocab_size
 
 
-TokenizerOptions = Annotated[Bytes | BytePairs | FromFile, Field(discriminator="name")]
+if TYPE_CHECKING:
+    TokenizerOptions = Bytes | BytePairs | FromFile
+else:
+    TokenizerOptions = one_of(Bytes, BytePairs, FromFile)
 
 
 class Tokenizer(Protocol):
@@ -273,12 +277,12 @@ def resolve(options: Bytes | BytePairs | FromFile, folder: Path) -> Bytes | Byte
     """The same with a relative path taken from `folder`."""
     if not isinstance(options, FromFile):
         return options
-    return options.model_copy(update={"path": str(folder / Path(options.path).expanduser())})
+    return replace(options, path=str(folder / Path(options.path).expanduser()))
 
 
 def identity(options: Bytes | BytePairs | FromFile) -> dict[str, Any]:
     """What makes two tokenizers tokenize alike: the settings, and of a file its contents instead of its path."""
-    settings = options.model_dump()
+    settings = to_builtins(options)
     if isinstance(options, FromFile):
         settings["path"] = hashlib.sha256(_read(options)).hexdigest()
     return settings

@@ -9,15 +9,16 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
 from dtrain.data import DataShape, catalogues, kept
 from dtrain.data.prepared import read_meta
 from dtrain.data.tokens import TRAINING_BYTES, BytePairs, TokenizerOptions, check, identity, learn
 from dtrain.data.tokens import load as load_tokenizer
 from dtrain.data.tokens import resolve as resolve_tokenizer
 from dtrain.errors import InputError
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,21 +36,21 @@ _LETTERS = re.compile(r"[\W\d_]+")
 Pairs = Iterator[tuple[str, str]]
 
 
-class Options(component.Options):
+class Options(Settings):
     """Texts and their translations: aligned files of your own, or the messages of this machine's programs."""
 
     source: str | tuple[str, str] = MESSAGES
     """`messages`, which Linux keeps translated under /usr/share/locale where they are installed, or your own: a `.tsv`
     file with a text and its translation in each line, or two files whose lines belong together."""
-    language: Annotated[str, Field(pattern=r"^[A-Za-z_@]{2,32}$")] = "de"
+    language: Annotated[str, Meta(pattern=r"^[A-Za-z_@]{2,32}\Z")] = "de"
     """Of `messages`: what English is translated to, as the system names it, e.g. de, fr or pt_BR."""
     tokenizer: TokenizerOptions = BytePairs()
     """How text becomes numbers, the same for both sides; pairs are learnt from both."""
-    sequence_length: Annotated[int, Field(ge=4, le=2**16)] = 64
+    sequence_length: Annotated[int, Meta(ge=4, le=2**16)] = 64
     """Tokens a text may have, one more than that counted for a translation's end; longer pairs are left out."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] = 0.05
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] = 0.05
     """Share of the pairs that is never trained on; those that differ in signs and figures only stay together."""
-    held_out_limit: Annotated[int, Field(gt=0, le=2**40)] = 4096
+    held_out_limit: Annotated[int, Meta(gt=0, le=2**40)] = 4096
     """At most about this many pairs are held out, so that the evaluation over all of them stays quick."""
 
 
@@ -65,7 +66,7 @@ def resolve(options: Options, folder: Path) -> Options:
         changes["source"] = tuple(str(folder / Path(path).expanduser()) for path in options.source)
     elif options.source != MESSAGES:
         changes["source"] = str(folder / Path(options.source).expanduser())
-    return options.model_copy(update=changes)
+    return replace(options, **changes)
 
 
 def prepare(options: Options, cache: Path) -> None:
@@ -306,6 +307,6 @@ def _paths(options: Options) -> list[str]:
 
 
 def _settings(options: Options) -> list[Any]:
-    chosen = options.model_dump(include={"sequence_length", "held_out", "held_out_limit"})
+    chosen = {key: getattr(options, key) for key in ("sequence_length", "held_out", "held_out_limit")}
     kind = MESSAGES if options.source == MESSAGES else len(_paths(options))
     return [FORMAT, kind, chosen, identity(options.tokenizer)]

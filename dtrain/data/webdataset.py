@@ -12,9 +12,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
 from dtrain.data import DataShape, pictures, tar_shards
 from dtrain.data.augmentation import Augmentation
 from dtrain.data.kept import digest
@@ -22,6 +22,7 @@ from dtrain.data.pixels import Decoded, Look, Scaling
 from dtrain.data.prepared import fault, prepared, read_meta, write_whole
 from dtrain.data.tar_shards import Sample, Shard
 from dtrain.errors import InputError, TrainingError
+from dtrain.settings import Float, PositiveFloat, Settings, to_builtins
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,11 +34,10 @@ _SPREAD = 0x5EED
 _LABEL = 3
 """Column of the label, behind shard, offset and size."""
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-Addresses = str | Annotated[tuple[str, ...], Field(min_length=1)]
-Channel = Annotated[float, Field(gt=0.0)]
+Addresses = str | Annotated[tuple[str, ...], Meta(min_length=1)]
 
 
-class Options(component.Options):
+class Options(Settings):
     """Pictures with labels in tar shards, read in place from disk or object storage."""
 
     source: Addresses
@@ -45,9 +45,9 @@ class Options(component.Options):
     for 147."""
     held_out_source: Addresses | None = None
     """Shards that are never trained on, in the same words."""
-    held_out: Annotated[float, Field(gt=0.0, le=0.5)] | None = None
+    held_out: Annotated[float, Meta(gt=0.0, le=0.5)] | None = None
     """Share of the samples that is never trained on, where there is no `held_out_source`; 0.05 by default."""
-    storage_options: dict[str, str | int | float | bool] = Field(default={})
+    storage_options: dict[str, str | int | Float | bool] = {}
     """What fsspec is told about the storage, e.g. `{anon: true}` for public buckets of S3."""
     picture: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
     """What a picture's name may end with, after its first dot."""
@@ -57,19 +57,19 @@ class Options(component.Options):
     """Where in a `json` member the label stands."""
     classes: tuple[str, ...] = ()
     """Names that stand for labels 0, 1, and so on, where labels are written as names."""
-    num_classes: Annotated[int, Field(ge=2, le=2**20)]
+    num_classes: Annotated[int, Meta(ge=2, le=2**20)]
     """Number of labels."""
-    size: Annotated[int, Field(ge=4, le=2048)] = 224
+    size: Annotated[int, Meta(ge=4, le=2048)] = 224
     """Height and width in pixels to which pictures are scaled."""
     channels: Literal[1, 3] = 3
     """1 for grey, 3 for colours."""
-    center_crop: Annotated[float, Field(gt=0.0, le=1.0)] = 0.875
+    center_crop: Annotated[float, Meta(gt=0.0, le=1.0)] = 0.875
     """Share of the shorter side that is kept, in the middle."""
     augment: Augmentation = Augmentation()
     """What is done to training pictures by chance."""
-    mean: Annotated[tuple[float, ...], Field(min_length=1)] | None = None
+    mean: Annotated[tuple[Float, ...], Meta(min_length=1)] | None = None
     """Subtracted from each channel (black is 0, white 1); by default ImageNet's."""
-    std: Annotated[tuple[Channel, ...], Field(min_length=1)] | None = None
+    std: Annotated[tuple[PositiveFloat, ...], Meta(min_length=1)] | None = None
     """What each channel is divided by then; by default ImageNet's."""
 
 
@@ -98,7 +98,7 @@ def resolve(options: Options, folder: Path) -> Options:
     changes = {"source": _resolved(options.source, folder)}
     if options.held_out_source is not None:
         changes["held_out_source"] = _resolved(options.held_out_source, folder)
-    return options.model_copy(update=changes)
+    return replace(options, **changes)
 
 
 def prepare(options: Options, cache: Path) -> None:
@@ -384,7 +384,7 @@ def _found(addresses: Addresses, options: Options) -> list[Shard]:
 
 def _note(options: Options, cache: Path) -> Path:
     """Where `prepare` writes which folder it made last for these options."""
-    return cache / f"webdataset-{digest(FORMAT, options.model_dump(mode='json'))}.seen"
+    return cache / f"webdataset-{digest(FORMAT, to_builtins(options))}.seen"
 
 
 def _resolved(addresses: Addresses, folder: Path) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from dtrain.machine import Machine
 from dtrain.messages import pair, receive
 from dtrain.runtime import zygote
 from dtrain.runtime.zygote import Child, Zygote
+from dtrain.settings import convert
 
 NEEDS = ("torch", "numpy", "tensorboard", "safetensors")
 """Distributions without which no rank starts."""
@@ -264,7 +265,7 @@ def _plan(device: str, world: int, num_workers: int, machine: Machine) -> str:
 
     SGD, because Adam's division would turn a rounding of a tiny gradient into a whole step.
     """
-    from dtrain.plan import make_plan
+    from dtrain.planning import make_plan
     from dtrain.spec.cluster import ClusterSpec
     from dtrain.spec.job import JobSpec
 
@@ -285,7 +286,7 @@ def _plan(device: str, world: int, num_workers: int, machine: Machine) -> str:
         "device": "gpu" if device == "cuda" else "cpu",
         "workers_per_node": world,
     }
-    return make_plan(JobSpec.model_validate(job), ClusterSpec.model_validate(place), machine).to_json()
+    return make_plan(convert(job, JobSpec), convert(place, ClusterSpec), machine).to_json()
 
 
 def _tail(log: Path) -> str:

@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from dtrain.finding import Finding
 from dtrain.kubernetes.client import Client, Kind, Object
 
@@ -27,7 +29,7 @@ def trial(options: "KubeRay") -> Object:
     from dtrain.kubernetes.options import Standing
 
     changed = {"standing": Standing(name=TRIAL), "queue": None, "gang": None}
-    return render.cluster_objects(options.model_copy(update=changed))[0]
+    return render.cluster_objects(replace(options, **changed))[0]
 
 
 def amount(text: Any) -> float:

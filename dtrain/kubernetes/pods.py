@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dtrain.kubernetes.options import KubeRay, Placement
+from dtrain.settings import to_builtins
 
 HEAD_SHM_GIB = 1.0
 HEAD_OBJECT_STORE = 2**28
@@ -168,7 +169,10 @@ def _pod(options: KubeRay, placement: Placement, shm_gib: float) -> Mapping:
     if placement.node_selector:
         spec["nodeSelector"] = dict(placement.node_selector)
     if placement.tolerations:
-        spec["tolerations"] = [taint.model_dump(exclude_none=True) for taint in placement.tolerations]
+        spec["tolerations"] = [
+            {key: value for key, value in to_builtins(taint).items() if value is not None}
+            for taint in placement.tolerations
+        ]
     if options.priority_class is not None:
         spec["priorityClassName"] = options.priority_class
     spec |= _account(options.service_account)

@@ -1,6 +1,6 @@
 """What is trained. A model is one file here, found by its name, with three things in it:
 
-- `Options`: its settings (`dtrain.component.Options`);
+- `Options`: its settings (a `dtrain.settings.Settings`);
 - `describe(options, data) -> ModelSize`: its arithmetic, without torch;
 - `build(options, data, train) -> Task`: the networks and how they learn, with weights that are a function of
   `train.seed` alone.

@@ -5,13 +5,13 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field, model_validator
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.data import DataShape
 from dtrain.errors import InputError
 from dtrain.models import ModelSize, Request, Sample, Task
 from dtrain.models.pictures import Size, decoder, encoder, levels
+from dtrain.settings import Settings, default
 
 if TYPE_CHECKING:
     import torch
@@ -21,28 +21,26 @@ if TYPE_CHECKING:
     from dtrain.spec.job import Train
 
 
-class Options(component.Options):
+class Options(Settings):
     """Tells samples by a few numbers and makes them again; a variational one (VAE) also makes new ones."""
 
-    latent_size: int = Field(default=32, gt=0, le=2**16)
+    latent_size: Annotated[int, Meta(gt=0, le=2**16)] = 32
     """Numbers that a sample is told by."""
     variational: bool = True
     """Learn a distribution of the latent numbers (VAE), so that new samples can be drawn."""
-    kl_weight: float = Field(default=1.0, ge=0.0, le=1000.0)
+    kl_weight: Annotated[float, Meta(ge=0.0, le=1000.0)] = 1.0
     """What the latent distribution costs, as a multiple of its nats (beta-VAE); 1 bounds the likelihood. Variational
     only."""
-    width: int = Field(default=32, gt=0, le=4096)
+    width: Annotated[int, Meta(gt=0, le=4096)] = 32
     """For images: channels at full size; they double with every halving, up to 16 times as many."""
-    hidden: Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], Field(max_length=1024)] = (256, 128)
+    hidden: Annotated[tuple[Annotated[int, Meta(gt=0, le=2**20)], ...], Meta(max_length=1024)] = (256, 128)
     """For tables: sizes of the encoder's hidden layers; the decoder has them in reverse."""
 
-    @model_validator(mode="after")
-    def _weight_has_something_to_weigh(self) -> "Options":
-        if not self.variational and "kl_weight" in self.model_fields_set:
+    def __post_init__(self) -> None:
+        if not self.variational and self.kl_weight != default(Options, "kl_weight"):
             raise ValueError(
                 "kl_weight weighs what a latent distribution costs; leave it out, or set variational: true"
             )
-        return self
 
 
 def describe(options: Options, data: DataShape) -> ModelSize:

@@ -1,24 +1,24 @@
 """Telling classes apart: the task that `mlp`, `cnn` and vision transformers share, and the options that go with it."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from pydantic import Field
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.models import Task
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 
-class Regularisation(component.Options):
+class Regularisation(Settings):
     """What keeps a classifier from being too sure of its training samples."""
 
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of a label that is spread evenly over all classes while training."""
-    mixup: float = Field(default=0.0, ge=0.0, le=1.0)
+    mixup: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Train on sums of two samples, with shares drawn from Beta(a, a) for this a; 0 turns it off."""
 
 

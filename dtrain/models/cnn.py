@@ -1,9 +1,9 @@
 """Convolutional networks that tell pictures apart: ResNet and VGG."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
@@ -38,7 +38,7 @@ class Options(Regularisation):
 
     architecture: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "vgg16"] = "resnet18"
     """ResNet by its number of layers, or VGG-16 with batch norm."""
-    width: int = Field(default=64, gt=0, le=4096)
+    width: Annotated[int, Meta(gt=0, le=4096)] = 64
     """Channels of the first stage; later stages have multiples of it."""
     stem: Literal["cifar", "imagenet"] | None = None
     """`imagenet` shrinks a picture fourfold before the first stage (VGG: ends in two wide layers), `cifar` does not;
@@ -47,9 +47,9 @@ class Options(Regularisation):
     """Keep the channels of a pixel together in memory, which is faster on GPUs in bf16 and on most CPUs."""
     zero_init: bool = True
     """Begin with residual blocks that change nothing: the scale of their last norm is zero; VGG has none."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of numbers dropped while training before the last layer, in VGG also between its wide layers."""
-    cutmix: float = Field(default=0.0, ge=0.0, le=1.0)
+    cutmix: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Train on pictures with a rectangle of another in them, of a share drawn from Beta(a, a) for this a; 0 turns it
     off; with mixup too, a coin decides for each sample."""
 

@@ -4,13 +4,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import Field
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import code, component
-from dtrain.component import Says
+from dtrain import code
 from dtrain.data import DataShape
 from dtrain.errors import InputError, TrainingError
 from dtrain.models import ModelSize, Task
+from dtrain.settings import Says, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -21,15 +22,15 @@ if TYPE_CHECKING:
 CALLED_WITH = ("data", "train")
 
 
-class Options(component.Options):
+class Options(Settings):
     """A task of your own; `model: ./task.py:build` is short for it."""
 
-    build: Annotated[str, Field(min_length=3, max_length=1024), Says(code.EXPECTED)]
+    build: Annotated[str, Meta(min_length=3, max_length=1024), Says(code.EXPECTED)]
     """Function that gives the task, called with (data, train, **options); a relative path starts at the job file's
     folder."""
-    options: dict[str, Any] = Field(default={})
+    options: dict[str, Any] = {}
     """What the function is given by name."""
-    path: str = Field(default="", max_length=1024)
+    path: Annotated[str, Meta(max_length=1024)] = ""
     """Folder that is put first on the import path; the job file's own when left out."""
 
 
@@ -43,7 +44,7 @@ def resolve(options: Options, folder: Path) -> Options:
             code.check_call(build, file, CALLED_WITH, options.options)
     except InputError as error:
         raise InputError(f"model.build: {error.message}") from None
-    return options.model_copy(update={"build": build, "path": str(path)})
+    return replace(options, build=build, path=str(path))
 
 
 def own_code(options: Options) -> list[Path]:

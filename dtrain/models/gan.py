@@ -1,15 +1,15 @@
 """Generative adversarial networks: one network makes pictures, another tells them from real ones."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.data import DataShape
 from dtrain.errors import InputError
 from dtrain.models import ModelSize, Phase, Request, Sample, Task
 from dtrain.models.pictures import decoder, encoder, levels
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -24,14 +24,14 @@ NUM_MADE = 8
 _DISCRIMINATOR, _GENERATOR, _HELD_OUT = 1, 2, 3
 
 
-class Options(component.Options):
+class Options(Settings):
     """DCGAN: a generator makes pictures, a discriminator tells them from real ones; each trains in its own phase."""
 
-    latent_size: int = Field(default=128, gt=0, le=2**16)
+    latent_size: Annotated[int, Meta(gt=0, le=2**16)] = 128
     """Random numbers that a picture is made from."""
-    generator_width: int = Field(default=32, gt=0, le=4096)
+    generator_width: Annotated[int, Meta(gt=0, le=4096)] = 32
     """Channels of the generator at full size; they double with every halving, up to 16 times as many."""
-    discriminator_width: int = Field(default=32, gt=0, le=4096)
+    discriminator_width: Annotated[int, Meta(gt=0, le=4096)] = 32
     """The same of the discriminator."""
     loss: Literal["nonsaturating", "hinge"] = "nonsaturating"
     """Logistic losses (Goodfellow et al., 2014), or hinge losses (Miyato et al., 2018)."""
@@ -40,7 +40,7 @@ class Options(component.Options):
     `batchnorm` is DCGAN's own."""
     output: Literal["linear", "tanh"] = "linear"
     """`tanh` keeps what is made between -1 and 1, for pictures with data.mean and data.std [0.5]."""
-    discriminator_lr_share: float = Field(default=1.0, gt=0.0, le=100.0)
+    discriminator_lr_share: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
     """Learning rate of the discriminator, as a multiple of the optimizer's."""
 
 

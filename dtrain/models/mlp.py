@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from msgspec import Meta
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 class Options(Regularisation):
     """Fully connected layers that tell classes apart or predict a number, from tables or small pictures."""
 
-    hidden: Annotated[tuple[Annotated[int, Field(gt=0, le=2**20)], ...], Field(max_length=1024)] = (256, 256)
+    hidden: Annotated[tuple[Annotated[int, Meta(gt=0, le=2**20)], ...], Meta(max_length=1024)] = (256, 256)
     """Sizes of the hidden layers, first to last; an empty list makes the model linear."""
     activation: Literal["relu", "gelu", "silu", "tanh"] = "relu"
     """After every hidden layer."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of a hidden layer's numbers dropped while training."""
 
 

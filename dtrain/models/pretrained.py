@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from msgspec import Meta
+from msgspec.structs import replace
 
-from dtrain import component
-from dtrain.component import Says
 from dtrain.data import DataShape
 from dtrain.errors import InputError
 from dtrain.models import ModelSize, Phase, Request, Sample, Task
 from dtrain.models.classifier import Classifier
+from dtrain.settings import Says, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dtrain.models.networks.pretrained import Pretrained
     from dtrain.spec.job import Train
 
-Pattern = Annotated[str, Field(min_length=1, max_length=1024)]
+Pattern = Annotated[str, Meta(min_length=1, max_length=1024)]
 HEADS = {
     "tokens": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel")),
     "masked": ("AutoModelForMaskedLM", ("ForMaskedLM",)),
@@ -40,55 +40,53 @@ BUFFERS = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked|posit
 FILES = ["*.json", "*.safetensors"]
 
 
-class Lora(component.Options):
+class Lora(Settings):
     """Low-rank adaptation (Hu et al., "LoRA", 2021): the weights stay, and small matrices beside them are trained.
 
     Checkpoints hold what is trained, and a digest of the files whose weights it belongs to.
     """
 
-    rank: Annotated[int, Field(gt=0, le=4096)] = 8
+    rank: Annotated[int, Meta(gt=0, le=4096)] = 8
     """Numbers between the two small matrices."""
-    alpha: Annotated[int, Field(gt=0, le=65536)] = 16
+    alpha: Annotated[int, Meta(gt=0, le=65536)] = 16
     """What they add is multiplied by alpha / rank."""
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    dropout: Annotated[float, Meta(ge=0, lt=1)] = 0.0
     """Share of their inputs dropped while training."""
-    targets: Annotated[tuple[Pattern, ...], Field(min_length=1)] | Literal["all-linear"] = "all-linear"
+    targets: Annotated[tuple[Pattern, ...], Meta(min_length=1)] | Literal["all-linear"] = "all-linear"
     """Ends of the names of the layers that get them, e.g. [q_proj, v_proj]; `all-linear` is all but the head."""
 
 
-class Options(component.Options):
+class Options(Settings):
     """A model of the `transformers` library that others have trained, for text or images."""
 
-    source: Annotated[str, Field(min_length=1, max_length=4096), Says("a folder, or a name on the Hugging Face hub")]
+    source: Annotated[str, Meta(min_length=1, max_length=4096), Says("a folder, or a name on the Hugging Face hub")]
     """Folder with config.json and *.safetensors, which needs no network; else a name on the hub, e.g. openai/gpt2."""
-    revision: Annotated[str, Field(min_length=1, max_length=256)] = "main"
+    revision: Annotated[str, Meta(min_length=1, max_length=256)] = "main"
     """Branch, tag or commit of a name on the hub; a commit stays what it is."""
     freeze: Literal["backbone"] | tuple[Pattern, ...] = ()
     """Parameters that are not trained: patterns of their names, e.g. ["*.wte.*", "*.h.0.*"], or `backbone` for all but
     the head."""
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    layer_decay: Annotated[float, Meta(gt=0, le=1)] = 1.0
     """Share of the learning rate that each layer gets of the one above it; 1 is the same rate for all."""
     lora: Lora | None = None
     """Train small matrices beside the weights, and the head where it is new, instead of the weights."""
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of a target that is spread evenly over all classes, or tokens, while training."""
-    mixup: float = Field(default=0.0, ge=0.0, le=1.0)
+    mixup: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Train on sums of two images, with shares drawn from Beta(a, a) for this a; 0 turns it off."""
-    cutmix: float = Field(default=0.0, ge=0.0, le=1.0)
+    cutmix: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Train on images with a part of another one in them, its area drawn from Beta(a, a) for this a; 0 turns it off."""
 
-    @model_validator(mode="after")
-    def _lora_freezes(self) -> "Options":
+    def __post_init__(self) -> None:
         if self.lora is not None and self.freeze:
             raise ValueError("lora trains none of the weights already; leave freeze out")
-        return self
 
 
 def resolve(options: Options, folder: Path) -> Options:
     """The same with the path of a folder taken from `folder`; a hub name stays as it is."""
     path = folder / Path(options.source).expanduser()
     if path.is_dir() or options.source.startswith((".", "~", "/")):
-        return options.model_copy(update={"source": str(path.absolute())})
+        return replace(options, source=str(path.absolute()))
     return options
 
 

@@ -1,15 +1,15 @@
 """Recurrent networks: RNN, GRU and LSTM, for series and for tokens."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.data import DataShape
 from dtrain.errors import InputError, TrainingError
 from dtrain.models import ModelSize, Request, Sample, Task
 from dtrain.models.language import LanguageModel
+from dtrain.settings import PositiveInt, Settings, default
 
 if TYPE_CHECKING:
     import torch
@@ -29,24 +29,24 @@ ONLY_FOR = {
 """Options that mean nothing for other data."""
 
 
-class Options(component.Options):
+class Options(Settings):
     """A recurrent network that predicts the next values of a series, or the next token."""
 
     cell: Literal["rnn", "gru", "lstm"] = "lstm"
     """What a layer is made of: plain recurrence (Elman, 1990), gated recurrent units, or long short-term memory."""
-    num_layers: PositiveInt = Field(default=2, le=1024)
+    num_layers: Annotated[PositiveInt, Meta(le=1024)] = 2
     """Layers, each reading what the one before made."""
-    width: PositiveInt = Field(default=256, le=2**16)
+    width: Annotated[PositiveInt, Meta(le=2**16)] = 256
     """Numbers that a layer remembers, in each direction."""
     bidirectional: bool = False
     """Read each sample in both directions (series)."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of the numbers that a layer made dropped while training."""
     from_last_value: bool = True
     """Predict how far the next values are from the last one, rather than the values themselves (series)."""
     tie_weights: bool = False
     """Use one matrix to read tokens in and to predict them (tokens)."""
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    label_smoothing: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of a target that is spread evenly over all tokens while training (tokens)."""
 
     @property
@@ -105,7 +105,7 @@ def _check(options: Options, data: DataShape) -> None:
             " {name: text}"
         )
     for name, kind in ONLY_FOR.items():
-        if data.kind != kind and getattr(options, name) != Options.model_fields[name].default:
+        if data.kind != kind and getattr(options, name) != default(Options, name):
             raise InputError(f"model.{name} is for {kind}, and the data holds {data.kind}; leave it out")
 
 

@@ -5,15 +5,16 @@ texts an encoder and a decoder that translate, pictures an encoder that tells th
 """
 
 import math
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt, model_validator
+from msgspec import Meta
 
 from dtrain.data import DataShape
 from dtrain.errors import InputError
 from dtrain.models import ModelSize, Task
 from dtrain.models.classifier import Classifier, Regularisation
 from dtrain.models.language import LanguageModel, MaskedLanguageModel, Translator
+from dtrain.settings import PositiveFloat, PositiveInt, default
 
 if TYPE_CHECKING:
     from dtrain.spec.job import Train
@@ -39,13 +40,13 @@ ONLY_FOR = {
 class Options(Regularisation):
     """A transformer: decoder, encoder, both, or for images, as the data asks for; the defaults are GPT-2's."""
 
-    num_layers: PositiveInt = Field(default=12, le=1024)
+    num_layers: Annotated[PositiveInt, Meta(le=1024)] = 12
     """Blocks, each of attention and an MLP; to translate, as many in the encoder as in the decoder."""
-    num_heads: PositiveInt = Field(default=12, le=1024)
+    num_heads: Annotated[PositiveInt, Meta(le=1024)] = 12
     """Attention heads of a block; must divide `width`."""
-    width: PositiveInt = Field(default=768, le=2**17)
+    width: Annotated[PositiveInt, Meta(le=2**17)] = 768
     """Numbers a position is described by, from block to block."""
-    mlp_ratio: PositiveFloat = Field(default=4.0, le=64.0)
+    mlp_ratio: Annotated[float, Meta(gt=0, le=64.0)] = 4.0
     """Hidden width of an MLP, as a multiple of `width`."""
     activation: Literal["gelu", "relu2", "swiglu"] = "gelu"
     """Inside an MLP: gelu, squared relu, or silu gating a second matrix (then 8/3 is the usual `mlp_ratio`)."""
@@ -61,22 +62,21 @@ class Options(Regularisation):
     """Add a bias in linear layers and layer norms."""
     tie_weights: bool = True
     """Use one matrix to read tokens in and to predict them (texts)."""
-    dropout: float = Field(default=0.0, ge=0.0, lt=1.0)
+    dropout: Annotated[float, Meta(ge=0.0, lt=1.0)] = 0.0
     """Share of numbers dropped while training: of embeddings, of attention weights, and of what a block adds."""
-    init_std: PositiveFloat = Field(default=0.02, le=1.0)
+    init_std: Annotated[float, Meta(gt=0, le=1.0)] = 0.02
     """Standard deviation of the weights at the start; those that add to the stream get it over sqrt(2 x layers)."""
-    pad_vocabulary_to: PositiveInt = Field(default=64, le=4096)
+    pad_vocabulary_to: Annotated[PositiveInt, Meta(le=4096)] = 64
     """The vocabulary is padded to a multiple of this, which is faster on GPUs; padding is never predicted (texts)."""
-    patch_size: PositiveInt = Field(default=16, le=4096)
+    patch_size: Annotated[PositiveInt, Meta(le=4096)] = 16
     """Pixels of height and width of the squares a picture is cut into; must divide its height and width (images)."""
     pooling: Literal["class_token", "mean"] = "class_token"
     """What the class of a picture is told by: a learned vector put before its squares, or the mean of all (images)."""
-    cutmix: float = Field(default=0.0, ge=0.0, le=1.0)
+    cutmix: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     """Train on pictures with a rectangle of another in them, of a share drawn from Beta(a, a) for this a; 0 turns it
     off; with mixup too, a coin decides for each sample (images)."""
 
-    @model_validator(mode="after")
-    def _heads_divide_width(self) -> "Options":
+    def __post_init__(self) -> None:
         if self.width % self.num_heads:
             near = [h for h in range(1, self.width + 1) if self.width % h == 0]
             nearest = min(near, key=lambda h: abs(h - self.num_heads))
@@ -86,7 +86,6 @@ class Options(Regularisation):
                 f"rope needs an even head width, and width {self.width} / num_heads {self.num_heads} is "
                 f"{self.width // self.num_heads}; choose another num_heads, or positions: learned"
             )
-        return self
 
     @property
     def hidden(self) -> int:
@@ -214,7 +213,7 @@ def _check(options: Options, data: DataShape) -> None:
             " {name: text} or {name: images}"
         )
     for name, kinds in ONLY_FOR.items():
-        if data.kind not in kinds and getattr(options, name) != Options.model_fields[name].default:
+        if data.kind not in kinds and getattr(options, name) != default(Options, name):
             raise InputError(
                 f"model.{name} is for {' or '.join(KINDS[kind] for kind in kinds)}, and the data holds"
                 f" {KINDS[data.kind]}; leave it out"

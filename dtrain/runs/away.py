@@ -19,11 +19,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from dtrain.errors import StorageError
 from dtrain.runs import lines
 from dtrain.runs.folder import Run
 from dtrain.runs.growing import Growing, file_of, grows
 from dtrain.runs.record import Record
+from dtrain.settings import to_json
 from dtrain.storage import Conflict, NotThere, Storage
 from dtrain.storage.fencing import Fenced
 from dtrain.storage.lease import COMMITTED, Lease, is_owned
@@ -183,8 +186,8 @@ class RemoteRun(Run):
         # A process may sleep between two lines: this one may have been succeeded since it owned the run.
         if self._owning is not None and before.token > self._owning.token:
             raise Fenced(f"run {self.id} belongs to a newer owner now ({before.token}; this was {self._owning.token})")
-        after = before.model_copy(update=changes)
-        self.storage.write(f"{self.id}/run.json", after.model_dump_json(indent=2).encode(), if_version=version)
+        after = replace(before, **changes)
+        self.storage.write(f"{self.id}/run.json", to_json(after).encode(), if_version=version)
         if after.state != before.state:
             self.event("state", state=after.state, before=before.state, cause=after.cause)
         return after

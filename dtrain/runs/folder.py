@@ -8,12 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from msgspec.structs import replace
 
 from dtrain.errors import DtrainError, InputError, Stopped, StorageError
 from dtrain.plan import Plan, ScriptPlan, read_plan
 from dtrain.runs import lines
 from dtrain.runs.record import ENDED, Record, State
+from dtrain.settings import from_kept, to_json
 from dtrain.storage import NotThere
 
 LEASE_PATIENCE_S = 1.0
@@ -70,7 +71,7 @@ class Run:
 
     @property
     def plan(self) -> Plan | ScriptPlan:
-        return read_plan(self._read("plan.json").decode())
+        return read_plan(self._read("plan.json"), f"{self.where}/plan.json")
 
     @property
     def task_plan(self) -> Plan:
@@ -92,7 +93,7 @@ class Run:
         if stored.state in ENDED:
             return stored
         cause = f"the driver (pid {stored.driver_pid}) is gone; `dtrain resume {self.id}` goes on"
-        return stored.model_copy(update={"state": "lost", "cause": cause, "error_kind": "cluster", "exit_code": 5})
+        return replace(stored, state="lost", cause=cause, error_kind="cluster", exit_code=5)
 
     def latest(self, record: Record) -> dict[str, Any]:
         """The newest training metrics, empty before there are any; in the record where that is all one has."""
@@ -103,21 +104,13 @@ class Run:
         return self._parsed(self._read("run.json"))
 
     def _parsed(self, data: bytes) -> Record:
-        try:
-            return Record.model_validate_json(data.decode())
-        except ValidationError as error:
-            raise self._not_a_record(error.errors()[0]["msg"]) from None
-        except ValueError:
-            raise self._not_a_record("not UTF-8") from None
-
-    def _not_a_record(self, why: str) -> StorageError:
-        return StorageError(f"{self.where}/run.json is not the record of a run: {why}")
+        return from_kept(data, Record, f"{self.where}/run.json")
 
     def update(self, **changes: Any) -> Record:
         """Change the record and note a change of state as an event."""
         before = self.stored_record()
-        after = before.model_copy(update=changes)
-        self.write("run.json", after.model_dump_json(indent=2))
+        after = replace(before, **changes)
+        self.write("run.json", to_json(after))
         if after.state != before.state:
             self.event("state", state=after.state, before=before.state, cause=after.cause)
         return after
@@ -217,7 +210,7 @@ class Run:
             attempts = list(record.attempts)
             if attempts and attempts[-1].ended_at is None:
                 facts = {"ended_at": time.time(), "cause": why, "last_step": self.latest(record).get("step")}
-                attempts[-1] = attempts[-1].model_copy(update=facts)
+                attempts[-1] = replace(attempts[-1], **facts)
             self.event("driver-lost", message=f"{why}: the run is handed over again")
             self.update(
                 state="queued",

@@ -12,6 +12,7 @@ from dtrain.errors import InputError, StorageError
 from dtrain.plan import AnyPlan
 from dtrain.runs.folder import Run
 from dtrain.runs.record import Record
+from dtrain.settings import to_json
 from dtrain.storage import Conflict, Storage, at, is_remote
 
 ID_ALPHABET = "23456789abcdefghjkmnpqrstuvwxyz"
@@ -43,7 +44,7 @@ def create(plan: AnyPlan, job_text: str, name: str | None = None) -> Run:
         num_workers=plan.workers.total,
         cause="submitted",
     )
-    files = {"job.yaml": job_text, "plan.json": plan.to_json(), "run.json": record.model_dump_json(indent=2)}
+    files = {"job.yaml": job_text, "plan.json": plan.to_json(), "run.json": to_json(record)}
     run = _create_away(plan, name, files) if is_remote(plan.storage) else _create_here(plan, name, files)
     run.event("state", state="queued", before=None, cause="submitted")
     return run

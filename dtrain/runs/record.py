@@ -2,15 +2,13 @@
 
 from typing import Any, Literal
 
-from pydantic import Field
-
-from dtrain.component import Options
+from dtrain.settings import Settings
 
 State = Literal["queued", "starting", "running", "recovering", "stopping", "succeeded", "failed", "stopped", "lost"]
 ENDED: frozenset[str] = frozenset({"succeeded", "failed", "stopped", "lost"})
 
 
-class Attempt(Options):
+class Attempt(Settings):
     """One try of a run: from the start of its workers to the first failure, or the end."""
 
     number: int
@@ -27,7 +25,7 @@ class Attempt(Options):
     """Class of the failure (`killed`, `hung`, `exited`, `agent`, ...); empty for one that ended well."""
 
 
-class Record(Options):
+class Record(Settings):
     """What a run says of itself. Times are seconds since 1970."""
 
     id: str
@@ -53,9 +51,9 @@ class Record(Options):
     driver_pid: int | None = None
     token: int = 0
     """Which owner wrote this, where storage is remote (`dtrain.storage.lease`)."""
-    latest: dict[str, Any] = Field(default={})
+    latest: dict[str, Any] = {}
     """The last training metrics, where they are not beside the record: of a run in a bucket."""
-    outcome: dict[str, Any] = Field(default={})
+    outcome: dict[str, Any] = {}
     """What the run came to: final metrics, yardsticks, a sample."""
 
     @property

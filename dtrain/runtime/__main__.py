@@ -1,4 +1,4 @@
-"""Start a driver: `python -m dtrain.runtime --run FOLDER ...`, see `dtrain/runtime/driver.py`.
+"""Start a driver: `python -m dtrain.runtime --run FOLDER ...`, see `dtrain/runtime/entry.py`.
 
 The zygote's imports take longest of all that a cold start does, so they begin before the driver's own.
 """
@@ -16,6 +16,6 @@ if __name__ == "__main__":
     known, _ = parser.parse_known_args()
     if known.folder is not None:
         warm_up(known.folder, known.until)
-    from dtrain.runtime import driver
+    from dtrain.runtime import entry
 
-    sys.exit(driver.main())
+    sys.exit(entry.main())

@@ -21,14 +21,14 @@ import torch
 from dtrain.checkpoint import shared_memory as shared
 from dtrain.checkpoint import shelf, store
 from dtrain.checkpoint.snapshot import held_step
-from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError, from_kind
-from dtrain.messages import pair, receive
+from dtrain.errors import ClusterError, DtrainError, Stopped, StorageError
 from dtrain.plan import Plan, ScriptPlan
 from dtrain.runs import Run
 from dtrain.runtime import rendezvous, retry
 from dtrain.runtime.attempt import Attempt, Node, Report
 from dtrain.runtime.ledger import Ledger
 from dtrain.runtime.line import DriverLine
+from dtrain.runtime.preparing import prepare
 from dtrain.runtime.retry import Failure
 from dtrain.runtime.scribe import Scribe
 from dtrain.runtime.writing import CheckpointWriter
@@ -153,7 +153,7 @@ class Agent:
         shared.sweep()
         shared.claim(self.run_folder.path, self._number)
         if isinstance(self._plan, Plan):
-            self._prepare()
+            prepare(self.run_folder, self._number, self._zygote, self._selector, self.line, self._ledger)
         if self._is_leader:
             self._lead()
         else:
@@ -215,45 +215,6 @@ class Agent:
             self._attempt = None
 
     # -- beginnings ------------------------------------------------------------------------------------------
-
-    def _prepare(self) -> None:
-        """Ready the data of this node, in a process of its own, so that a fault in it is seen like any other."""
-        ours, theirs = pair()
-        with open(self.run_folder.logs / f"prepare-{self._number}.log", "ab") as log:
-            child = self._zygote.fork(
-                "dtrain.runtime.rank:prepare",
-                {"run": str(self.run_folder.path)},
-                [theirs.fileno()],
-                log.fileno(),
-                "prepare",
-            )
-        theirs.close()
-        answer: list[dict[str, Any]] = []
-
-        def read() -> None:
-            answer.append(receive(ours) or {"error": "it was killed", "class": "", "kind": "killed"})
-            self._selector.unregister(ours)
-
-        self._selector.register(ours, selectors.EVENT_READ, read)
-        started = time.monotonic()
-        told = False
-        while not answer:
-            self._turn(0.05)
-            if not told and time.monotonic() - started > 1.0:
-                told = True
-                self._ledger.event("prepare", "preparing the data")
-            if self.line.stop is not None:
-                child.kill()
-                raise Stopped(f"stopped by {self.line.stop} before training began")
-        self._zygote.wait(child, 5.0)
-        ours.close()
-        os.close(child.pidfd)
-        said = answer[0]
-        if "error" in said:
-            kind = said["kind"] if said["kind"] == "input" else "training"
-            text = said["error"] if kind == "input" else f"preparing the data failed: {said['class']}: {said['error']}"
-            self.line.tell({"record": {"error": said.get("detail") or text}})
-            raise from_kind(kind, text)
 
     def _where_from(self) -> dict[str, Any]:
         """The newest state that can be trusted: the snapshot, else the newest valid checkpoint, else scratch.

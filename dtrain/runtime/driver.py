@@ -1,29 +1,17 @@
 """One per run: holds the lease, reserves the run's resources with Ray, hosts the agent, and keeps the record.
 
-A Ray job of its own, in its own session: it outlives the terminal that submitted it. On the embedded cluster a
-driver waits, already connected, for the next run, so that a submit does not pay for an interpreter and `ray.init`.
-
-    python -m dtrain.runtime --run FOLDER ...              drive this run
-    python -m dtrain.runtime --wait ...                    wait in the cluster's folder for the next one
-
-On other clusters `dtrain.runtime.remote` starts it: there somebody submits the run again when its driver is lost, so
-one that has to leave, leaves the run under way.
+It outlives the terminal that submitted the run: see `dtrain/runtime/entry.py` for its process.
 """
 
 import argparse
 import contextlib
 import fcntl
 import os
-import secrets
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Sequence
-from multiprocessing.connection import Connection, Listener, wait
-from pathlib import Path
 from typing import Any, Protocol
 
 from dtrain.errors import ClusterError, DtrainError, RetriesExhausted, StorageError, from_kind
@@ -32,10 +20,11 @@ from dtrain.runs import ENDED, Record, Run
 from dtrain.runs import Attempt as AttemptRecord
 from dtrain.runtime import retry
 from dtrain.runtime.hosts import AgentHost, EmbeddedHost, PlacedHost
-from dtrain.runtime.joining import await_run, is_alive, join, watch
+from dtrain.runtime.joining import is_alive, join
+from dtrain.runtime.line import AgentLines
 from dtrain.runtime.reservation import Reservation, answers, connect
 from dtrain.runtime.retry import Failure
-from dtrain.runtime.zygote import Zygote
+from dtrain.settings import convert, to_builtins
 
 LEASE_WAIT_S = 10.0
 POLL_S = 0.1
@@ -44,40 +33,6 @@ HEAD_SILENT_S = 20.0
 """For so long a head on another machine may refuse connections."""
 LEAVING_S = 3.0
 """How long a node that said so takes to be gone: one would be given its place again."""
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    arguments = arguments_of(argv)
-    command = [sys.executable, "-m", "dtrain.runtime", *_common(arguments)]
-    waiting_command = [*command, "--wait"]
-    until = watch(arguments.until)
-    ray: Any = None
-    run_path = arguments.run
-    try:
-        if arguments.wait:
-            ray = join(arguments, "waiting for a run", until)
-            Zygote.connect(arguments.folder, arguments.until).close()
-            run_path = await_run(arguments.folder, until)
-            if run_path is None:
-                return 0
-        with open(Path(run_path) / "logs" / "driver.log", "ab", buffering=0) as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        driver = Driver(Run(Path(run_path)), arguments, [*command, "--run", str(run_path)], until)
-        driver.drive(ray)
-        return 0
-    except DtrainError as error:
-        print(error.message, file=sys.stderr)
-        return error.exit_code
-    finally:
-        if arguments.spare and not (arguments.wait and run_path is None) and is_alive(until):
-            log_file = _log(arguments)
-            subprocess.Popen(
-                waiting_command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=log_file, start_new_session=True
-            )
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)  # Ray's own shutdown takes a second, and longer when its head is gone
 
 
 class Away(Protocol):
@@ -107,15 +62,11 @@ class Driver:
         """Which nodes are about to go away."""
         self._plan: AnyPlan = run.plan
         self._attempts: list[dict[str, Any]] = []
-        self._agents: dict[int, Connection] = {}
-        self._store: list[Any] | None = None
         self._end: dict[str, Any] | None = None
         self._stop: str | None = None
-        self._is_stop_sent = False
         self._cluster_lost: str | None = None
         self._next_check = 0.0
         self._head_seen = time.monotonic()
-        self._new: list[Connection] = []
         self._lease = -1
         self._reservation: Reservation | None = None
 
@@ -126,7 +77,7 @@ class Driver:
         record = self._run.stored_record()
         if record.state in ENDED:
             return
-        self._attempts = [a.model_dump() for a in record.attempts]
+        self._attempts = [to_builtins(a) for a in record.attempts]
         again = self._arguments.again or (self._arguments.placed and record.driver_pid is not None)
         if again and not self._arguments.again:
             self._run.event("driver-lost", message=f"the driver before this one (pid {record.driver_pid}) is gone")
@@ -234,15 +185,14 @@ class Driver:
     # -- hosting -------------------------------------------------------------------------------------------
 
     def _host(self, reservation: Reservation | None) -> None:
-        secret = secrets.token_bytes(32)
-        listener = Listener((self._address(), 0), backlog=64, authkey=secret)
-        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+        lines = AgentLines(self._address())
         earlier = [_failure_of(a) for a in self._attempts if a["failure"]]
         try:
             while self._end is None:
-                host = self._make_host(reservation, listener.address, secret)
+                lines.begin()
+                host = self._make_host(reservation, lines)
                 try:
-                    lost = self._serve(host)
+                    lost = self._serve(host, lines)
                 finally:
                     host.close()
                 if lost is None:
@@ -262,7 +212,7 @@ class Driver:
                     return
                 self._update(state="recovering", cause=lost.cause)
         finally:
-            listener.close()
+            lines.close()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -278,15 +228,14 @@ class Driver:
 
         return str(get_node_ip_address())
 
-    def _make_host(self, reservation: Reservation | None, address: Any, secret: bytes) -> AgentHost:
-        args = {
+    def _make_host(self, reservation: Reservation | None, lines: AgentLines) -> AgentHost:
+        args: dict[str, Any] = {
             "run": str(self._run.path),
             "attempts": self._attempts,
-            "driver": list(address),
-            "secret": secret.hex(),
-            "host": address[0],
+            "driver": list(lines.address),
+            "secret": lines.secret.hex(),
+            "host": lines.address[0],
         }
-        self._agents, self._store, self._is_stop_sent = {}, None, False
         if self._away is not None:
             args["away"] = self._away.agent_args
         if self._arguments.placed or self._plan.workers.num_nodes > 1:
@@ -296,53 +245,30 @@ class Driver:
         args["gpus"] = reservation.gpus() if reservation is not None else []
         return EmbeddedHost(args, self._arguments.folder, self._arguments.until, self._lease)
 
-    def _serve(self, host: AgentHost) -> Failure | None:
+    def _serve(self, host: AgentHost, lines: AgentLines) -> Failure | None:
         """Relay until the agent has said how it came out (None), or is gone (the failure)."""
         dying: float | None = None
         while True:
-            for agent in self._new[:]:
-                self._new.remove(agent)
-                self._agents[-id(agent)] = agent
-            ready = wait([*self._agents.values(), *host.sentinels()], timeout=POLL_S)
-            for key, agent in list(self._agents.items()):
-                if agent in ready:
-                    self._read(key, agent)
+            for node, message in lines.heard(host.sentinels(), POLL_S):
+                self._note(node, message)
             self._look_around()
-            if self._stop_reason is not None and 0 in self._agents and not self._is_stop_sent:
-                self._is_stop_sent = True
+            if self._stop_reason is not None and lines.has_leader and not lines.is_stop_told:
                 if self._stop is not None:
                     self._update(state="stopping", cause=f"stopping: asked by {self._stop}")
-                for agent in self._agents.values():
-                    self._send_stop(agent)
+                lines.tell_to_stop(self._stop_reason)
             if self._end is not None and not host.is_alive():
                 return None
-            if host.is_alive() or self._new:
+            if host.is_alive() or lines.is_one_arriving:
                 dying = None
                 continue
             # Its last message may still be on the way.
             dying = dying or time.monotonic() + 1.0
-            if not self._agents or time.monotonic() > dying:
+            if not lines.is_any_open or time.monotonic() > dying:
                 return None if self._end is not None else Failure("agent", host.how_it_ended(), self._step())
 
-    def _read(self, key: int, agent: Connection) -> None:
-        try:
-            message = agent.recv()
-        except (EOFError, OSError):
-            self._agents.pop(key, None)
-            return
-        if "hello" in message:
-            self._agents.pop(key, None)
-            self._agents[message["hello"]] = agent
-            if self._store is not None and message["hello"] != 0:
-                agent.send({"store": self._store})
-            if self._is_stop_sent:
-                self._send_stop(agent)
-        elif "store" in message:
-            self._store = list(message["store"])
-            for node, follower in self._agents.items():
-                if node > 0:
-                    follower.send({"store": self._store})
-        elif "event" in message:
+    def _note(self, node: int, message: dict[str, Any]) -> None:
+        """Take in what an agent says."""
+        if "event" in message:
             self._run.event(**message["event"])
         elif "preempted" in message:
             self._preempt(f"node {message['preempted']}")
@@ -350,13 +276,13 @@ class Driver:
             changes = message["record"]
             if "attempts" in changes:
                 self._attempts = changes["attempts"]
-                changes["attempts"] = tuple(AttemptRecord.model_validate(a) for a in self._attempts)
+                changes["attempts"] = tuple(convert(a, AttemptRecord) for a in self._attempts)
             if changes.get("state") == "running" and self._run.stored_record().started_at is None:
                 changes["started_at"] = time.time()
             if self._stop is not None:
                 changes.pop("state", None)
             self._update(**changes)
-        elif "end" in message and (self._end is None or key == 0):
+        elif "end" in message and (self._end is None or node == 0):
             moves = self._preempted is not None and self._stop is None and message["end"]["state"] == "stopped"
             if not moves:
                 self._end = message["end"]
@@ -369,19 +295,6 @@ class Driver:
         """The agents put the state on storage and end, and others go on elsewhere."""
         self._preempted = self._preempted or f"the notice that {what} goes away"
         self._run.event("preempted", message=f"{what} is about to go away: a checkpoint, then on elsewhere")
-
-    def _send_stop(self, agent: Connection) -> None:
-        with contextlib.suppress(OSError):
-            agent.send({"stop": self._stop_reason})
-
-    def _accept(self, listener: Listener) -> None:
-        while True:
-            try:
-                self._new.append(listener.accept())
-            except OSError:
-                return  # closed
-            except Exception as error:  # somebody without the secret
-                print(f"a connection was refused: {error}", file=sys.stderr)
 
     # -- looking around --------------------------------------------------------------------------------------
 
@@ -431,7 +344,7 @@ class Driver:
                 "failure": failure.kind if is_failure else None,
                 "last_step": failure.step,
             }
-            self._update(attempts=tuple(AttemptRecord.model_validate(a) for a in self._attempts))
+            self._update(attempts=tuple(convert(a, AttemptRecord) for a in self._attempts))
 
     def _update(self, **changes: Any) -> None:
         try:
@@ -472,31 +385,5 @@ class Driver:
                 return
 
 
-def _log(arguments: argparse.Namespace) -> Any:
-    return open(arguments.folder / "drivers.log", "ab")
-
-
 def _failure_of(attempt: dict[str, Any]) -> Failure:
     return Failure(attempt["failure"], attempt["cause"] or "", attempt["last_step"] or 0)
-
-
-def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Drive a run.")
-    parser.add_argument("--run", type=Path, help="the run folder")
-    parser.add_argument("--wait", action="store_true", help="wait for a run to be handed over")
-    parser.add_argument("--address", required=True, help="host:port of the Ray head")
-    parser.add_argument("--token", type=Path, help="file with Ray's authentication token")
-    parser.add_argument("--folder", type=Path, required=True, help="folder of sockets on this node")
-    parser.add_argument("--until", type=int, default=0, help="process not to outlive")
-    parser.add_argument("--again", action="store_true", help="the run's driver before this one was lost")
-    parser.add_argument("--placed", action="store_true", help="let Ray Train place the agents, also of one node")
-    parser.add_argument("--lease", type=int, help="descriptor of the run's lease, inherited")
-    parser.add_argument("--turn", type=int, help="descriptor of the lock that lets this run begin before Ray is up")
-    parser.add_argument("--spare", action="store_true", help="leave a waiting driver behind")
-    return parser.parse_args(argv)
-
-
-def _common(arguments: argparse.Namespace) -> list[str]:
-    words = ["--address", arguments.address, "--folder", str(arguments.folder), "--until", str(arguments.until)]
-    words += ["--token", str(arguments.token)] if arguments.token else []
-    return words + (["--spare"] if arguments.spare else [])

@@ -5,9 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from dtrain import code
 from dtrain.runs import Attempt, Run
 from dtrain.runtime.retry import Failure
+from dtrain.settings import convert, to_builtins
 
 LATEST_EVERY_S = 5.0
 """Time between two readings that are put into the record of a run in a bucket, for those who list runs."""
@@ -27,7 +30,7 @@ class Ledger:
         is_away: bool,
     ) -> None:
         """`files` are the user's own, each with its hash as planned; `is_away`: the run's folder is this node's own."""
-        self.attempts = [Attempt.model_validate(attempt) for attempt in attempts]
+        self.attempts = [convert(attempt, Attempt) for attempt in attempts]
         self.began = 0.0
         """When the attempt began, seconds since 1970."""
         self._run, self._tell, self._is_leader, self._is_away = run, tell, is_leader, is_away
@@ -46,7 +49,7 @@ class Ledger:
         elif number > 1 or restore["step"]:
             self.event("attempt", f"attempt {number} begins at step {restore['step']}, from {source}", attempt=number)
         state = {"state": "starting", "cause": "workers are being forked"} if number == 1 else {}
-        self._tell({"record": {"attempts": [a.model_dump() for a in self.attempts], **state}})
+        self._tell({"record": {"attempts": [to_builtins(a) for a in self.attempts], **state}})
 
     def running(self) -> None:
         """All workers of the attempt are ready."""
@@ -61,8 +64,8 @@ class Ledger:
         changes: dict[str, Any] = {"ended_at": time.time(), "last_step": failure.step if failure else step}
         if failure is not None:
             changes |= {"cause": failure.cause, "failure": failure.kind}
-        self.attempts[-1] = self.attempts[-1].model_copy(update=changes)
-        self._tell({"record": {"attempts": [a.model_dump() for a in self.attempts]}})
+        self.attempts[-1] = replace(self.attempts[-1], **changes)
+        self._tell({"record": {"attempts": [to_builtins(a) for a in self.attempts]}})
 
     def failures(self) -> list[Failure]:
         """How earlier attempts came to their ends."""

@@ -1,4 +1,4 @@
-"""An agent's line to the driver: what is said over it, and what becomes of an agent whose driver is gone.
+"""The line between an agent and the driver: what is said over it, and what becomes of an agent whose driver is gone.
 
 agent -> driver                                          driver -> agent
 {"hello": node}                                          {"store": [host, port]}   to followers
@@ -10,16 +10,19 @@ agent -> driver                                          driver -> agent
 """
 
 import contextlib
+import secrets
 import selectors
-from collections.abc import Callable, Mapping
-from multiprocessing.connection import Client, Connection
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Client, Connection, Listener, wait
 from typing import Any
 
 ORPHANED = "the driver is gone"
 
 
 class DriverLine:
-    """One connection; `on_lost` is called once, when the driver is found to be gone."""
+    """An agent's end: one connection; `on_lost` is called once, when the driver is found to be gone."""
 
     def __init__(
         self,
@@ -78,3 +81,97 @@ class DriverLine:
             self.is_lost = True
             self.stop = self.stop or ORPHANED
             self._on_lost()
+
+
+class AgentLines:
+    """The driver's end of them all. What agents need to know of each other is passed on here."""
+
+    def __init__(self, host: str) -> None:
+        self.secret = secrets.token_bytes(32)
+        self._listener = Listener((host, 0), backlog=64, authkey=self.secret)
+        self._arriving: list[Connection] = []
+        self.begin()
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def begin(self) -> None:
+        """Forget the agents there were: others are about to start."""
+        self._agents: dict[int, Connection] = {}
+        """By node; below zero while they have not said theirs."""
+        self._store: list[Any] | None = None
+        self._stop: str | None = None
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port = self._listener.address
+        return str(host), int(port)
+
+    @property
+    def has_leader(self) -> bool:
+        return 0 in self._agents
+
+    @property
+    def is_any_open(self) -> bool:
+        return bool(self._agents)
+
+    @property
+    def is_one_arriving(self) -> bool:
+        return bool(self._arriving)
+
+    @property
+    def is_stop_told(self) -> bool:
+        return self._stop is not None
+
+    def heard(self, sentinels: Sequence[int], seconds: float) -> Iterator[tuple[int, dict[str, Any]]]:
+        """What agents say, each with its node; waits until one does, a sentinel turns readable, or time is up."""
+        for agent in self._arriving[:]:
+            self._arriving.remove(agent)
+            self._agents[-id(agent)] = agent
+        ready = wait([*self._agents.values(), *sentinels], timeout=seconds)
+        for key, agent in list(self._agents.items()):
+            if agent not in ready:
+                continue
+            try:
+                message = agent.recv()
+            except (EOFError, OSError):
+                self._agents.pop(key, None)
+                continue
+            if "hello" in message:
+                self._agents.pop(key, None)
+                self._welcome(message["hello"], agent)
+            elif "store" in message:
+                self._store = list(message["store"])
+                for node, follower in self._agents.items():
+                    if node > 0:
+                        _say(follower, {"store": self._store})
+            else:
+                yield key, message
+
+    def tell_to_stop(self, who: str) -> None:
+        """All that are there, and those that arrive later."""
+        self._stop = who
+        for agent in self._agents.values():
+            _say(agent, {"stop": who})
+
+    def close(self) -> None:
+        self._listener.close()
+
+    def _welcome(self, node: int, agent: Connection) -> None:
+        self._agents[node] = agent
+        if self._store is not None and node != 0:
+            _say(agent, {"store": self._store})
+        if self._stop is not None:
+            _say(agent, {"stop": self._stop})
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                self._arriving.append(self._listener.accept())
+            except OSError:
+                return  # closed
+            except Exception as error:  # somebody without the secret
+                print(f"a connection was refused: {error}", file=sys.stderr)
+
+
+def _say(agent: Connection, message: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # one that is gone is seen when it is listened to
+        agent.send(message)

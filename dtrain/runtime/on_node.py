@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from dtrain import bundle, storage
-from dtrain.plan import AnyPlan, ScriptPlan, read_plan
+from dtrain.plan import AnyPlan, ScriptPlan, plan_of
 from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.own_folder import OwnFolder, code_folder
 from dtrain.storage import Storage
@@ -15,7 +15,7 @@ from dtrain.storage.lease import standing
 
 def arrived_plan(place: Storage, run_id: str) -> AnyPlan:
     """The plan as it holds on this machine: the user's own code is fetched, and the plan names it where it lies."""
-    plan = read_plan(place.read(f"{run_id}/plan.json")[0].decode())
+    plan = plan_of(place, run_id)
     arrived: AnyPlan = bundle.arrive(place, run_id, plan, code_folder(run_id))
     return arrived
 

@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 from dtrain import handshake, storage
 from dtrain.errors import ClusterError, DtrainError, StorageError
 from dtrain.runs import Run, opened
-from dtrain.runtime import driver
+from dtrain.runtime import driver, entry
 from dtrain.runtime.carrier import Carrier, pod_output
 from dtrain.runtime.joining import join
 from dtrain.runtime.on_node import arrived_plan
@@ -64,7 +64,7 @@ def _drive(run: Run, address: str, away: "OnHead | None") -> int:
     folder.mkdir(mode=0o700, exist_ok=True)
     words = ["--run", str(run.path), "--folder", str(folder), "--placed", "--address", address]
     words += ["--lease", str(away.lock)] if away is not None else []
-    arguments = driver.arguments_of(words)
+    arguments = entry.arguments_of(words)
     if not run.stored_record().ended:
         with _saying_to(run.logs / "driver.log"):
             ray = join(arguments, run.id, -1)

@@ -12,6 +12,7 @@ from dtrain.messages import pair, receive, send
 from dtrain.plan import AnyPlan, Plan
 from dtrain.runs import Run
 from dtrain.runtime.zygote import Child, Zygote
+from dtrain.settings import to_builtins
 
 NICE = 5
 """Training goes first where cores are short."""
@@ -41,7 +42,7 @@ class CheckpointWriter:
             "num_nodes": plan.workers.num_nodes,
             "num_local": plan.workers.per_node,
             "folder": str(run.checkpoints),
-            "keep": plan.checkpoint.keep.model_dump() if isinstance(plan, Plan) else {},
+            "keep": to_builtins(plan.checkpoint.keep) if isinstance(plan, Plan) else {},
             "snapshot": str(snapshot),
             "num_workers": plan.workers.total,
             "away": away,

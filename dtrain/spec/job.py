@@ -2,10 +2,10 @@
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field
+from msgspec import Meta, field
 
 from dtrain import component
-from dtrain.component import Options, Says
+from dtrain.settings import Says, Settings, one_of
 
 if TYPE_CHECKING:
     from dtrain.component import Named as Data
@@ -18,29 +18,29 @@ else:
 
 Name = Annotated[
     str,
-    Field(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?$"),
+    Meta(pattern=r"^[a-z0-9]([a-z0-9_-]{0,38}[a-z0-9])?\Z"),
     Says("at most 40 of a-z, 0-9, - and _, beginning and ending with a letter or digit"),
 ]
 MAX_STEPS = 10**9
-NumSteps = Annotated[int, Field(gt=0, le=MAX_STEPS)]
-NumTimes = Annotated[int, Field(ge=0, le=10**6)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0, le=1000)]
-Penalty = Annotated[float, Field(ge=0, le=1000)]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
+NumSteps = Annotated[int, Meta(gt=0, le=MAX_STEPS)]
+NumTimes = Annotated[int, Meta(ge=0, le=10**6)]
+Fraction = Annotated[float, Meta(ge=0, le=1)]
+BelowOne = Annotated[float, Meta(ge=0, lt=1)]
+Rate = Annotated[float, Meta(gt=0, le=1000)]
+Penalty = Annotated[float, Meta(ge=0, le=1000)]
+Seconds = Annotated[float, Meta(gt=0, le=86_400)]
 
 
-class Batch(Options):
+class Batch(Settings):
     """How many samples one optimizer step sees, over all workers together."""
 
-    global_size: Annotated[int, Field(gt=0, le=2**24)] = Field(alias="global")
+    global_size: Annotated[int, Meta(gt=0, le=2**24)] = field(name="global")
     """Samples in one optimizer step, whatever the number of workers; the only batch size you must give."""
-    micro: Annotated[int, Field(gt=0, le=2**24)] | None = None
+    micro: Annotated[int, Meta(gt=0, le=2**24)] | None = None
     """Samples one worker puts through the model at a time; derived from memory when left out."""
 
 
-class AdamW(Options):
+class AdamW(Settings):
     """Adam with decoupled weight decay (Loshchilov and Hutter, 2019); fused where torch has it."""
 
     name: Literal["adamw"]
@@ -48,13 +48,13 @@ class AdamW(Options):
     """Peak learning rate."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     """Decay of the running mean of gradients and of their squares."""
-    eps: Annotated[float, Field(gt=0, le=1)] = 1e-8
+    eps: Annotated[float, Meta(gt=0, le=1)] = 1e-8
     """Added to the denominator so that it is never zero."""
     weight_decay: Penalty = 0.1
     """Decay of matrices; vectors (biases, norms) are never decayed."""
 
 
-class SGD(Options):
+class SGD(Settings):
     """Stochastic gradient descent with momentum."""
 
     name: Literal["sgd"]
@@ -68,15 +68,18 @@ class SGD(Options):
     """L2 penalty on matrices; vectors (biases, norms) are never decayed."""
 
 
-Optimizer = Annotated[AdamW | SGD, Field(discriminator="name")]
+if TYPE_CHECKING:
+    Optimizer = AdamW | SGD
+else:
+    Optimizer = one_of(AdamW, SGD)
 
 
-class Schedule(Options):
+class Schedule(Settings):
     """How the learning rate moves over the steps, as a share of the optimizer's `lr`."""
 
     name: Literal["constant", "cosine", "linear", "wsd"] = "cosine"
     """Shape after warm-up; `wsd` is warm-up, stable, decay."""
-    warmup_steps: Annotated[int, Field(ge=0, le=MAX_STEPS)] = 0
+    warmup_steps: Annotated[int, Meta(ge=0, le=MAX_STEPS)] = 0
     """Steps over which the rate rises in a line from zero to its peak."""
     decay_steps: NumSteps | None = None
     """Steps of the final decay of `wsd`; a fifth of all steps when left out."""
@@ -84,42 +87,42 @@ class Schedule(Options):
     """Share of the peak that is left at the last step."""
 
 
-class StopEarly(Options):
+class StopEarly(Settings):
     """When a run has learnt what it can."""
 
-    patience: Annotated[int, Field(gt=0, le=10**6)] = 5
+    patience: Annotated[int, Meta(gt=0, le=10**6)] = 5
     """Evaluations in a row that may bring no better held-out loss."""
-    min_delta: Annotated[float, Field(ge=0, le=10**6)] = 0.0
+    min_delta: Annotated[float, Meta(ge=0, le=10**6)] = 0.0
     """How much lower a loss must be to count as better."""
 
 
-class Loading(Options):
+class Loading(Settings):
     """Reading batches ahead, in processes of their own."""
 
-    workers: Literal["auto"] | Annotated[int, Field(ge=0, le=256)] = "auto"
+    workers: Literal["auto"] | Annotated[int, Meta(ge=0, le=256)] = "auto"
     """Processes beside each worker that read ahead for it; `auto` is none where a batch costs next to nothing, else one
     for each of the worker's cores, 4 at most."""
-    prefetch: Annotated[int, Field(gt=0, le=256)] = 2
+    prefetch: Annotated[int, Meta(gt=0, le=256)] = 2
     """Micro batches that each of them keeps ready."""
 
 
-class Train(Options):
+class Train(Settings):
     """The training loop."""
 
     steps: NumSteps
     """Optimizer steps in the whole run."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = 0
     """Start of every random number: weights, sample order, dropout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward and backward pass, weights and optimizer state stay fp32; `auto` is bf16 where the
     hardware computes in it; fp16 scales its losses so that small gradients survive."""
-    clip_grad_norm: Annotated[float, Field(gt=0, le=10**9)] | None = 1.0
+    clip_grad_norm: Annotated[float, Meta(gt=0, le=10**9)] | None = 1.0
     """Largest norm of all gradients together; `null` turns clipping off."""
     compile: bool = False
     """Compile the model with `torch.compile`."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Recompute activations in the backward pass to save memory: not at all, in every second block, or in all."""
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ema: Annotated[float, Meta(gt=0, lt=1)] | None = None
     """Keep a moving average of the weights that remembers this share of itself each step, and evaluate with it."""
     stop_early: StopEarly | None = None
     """End before the last step when the held-out loss no longer falls."""
@@ -129,25 +132,25 @@ class Train(Options):
     """Steps between two lines of metrics."""
 
 
-class Evaluate(Options):
+class Evaluate(Settings):
     """Measuring on held-out data."""
 
     every_steps: NumSteps | None = 100
     """Steps between two evaluations; `null` evaluates at the end only."""
-    samples: Annotated[int, Field(gt=0, le=2**40)] = 64
+    samples: Annotated[int, Meta(gt=0, le=2**40)] = 64
     """Held-out samples of an evaluation during training; the one at the end uses all of them."""
 
 
-class Keep(Options):
+class Keep(Settings):
     """Which checkpoints stay on storage."""
 
-    last: Annotated[int, Field(gt=0, le=10**6)] = 2
+    last: Annotated[int, Meta(gt=0, le=10**6)] = 2
     """How many of the newest checkpoints stay."""
     best: NumTimes = 1
     """How many of those with the lowest held-out loss stay as well."""
 
 
-class Checkpoint(Options):
+class Checkpoint(Settings):
     """What survives, and how often it is put aside."""
 
     every_steps: NumSteps | None = 100
@@ -158,7 +161,7 @@ class Checkpoint(Options):
     """Which checkpoints stay on storage."""
 
 
-class Retry(Options):
+class Retry(Settings):
     """How often a failure of each class may be survived before the run ends."""
 
     killed: NumTimes = 20
@@ -171,7 +174,7 @@ class Retry(Options):
     """Losses of the process that watches a node's workers."""
     driver: NumTimes = 5
     """Losses of the process that drives the run."""
-    without_progress: Annotated[int, Field(gt=0, le=10**6)] = 3
+    without_progress: Annotated[int, Meta(gt=0, le=10**6)] = 3
     """Failures in a row, of any class, with no new step completed in between."""
     hang_timeout_s: Seconds = 120.0
     """Longest silence of a worker in seconds; shorter once its usual pace is known."""
@@ -179,7 +182,7 @@ class Retry(Options):
     """Longest wait in seconds for a worker's first step (loading, compiling)."""
 
 
-class JobSpec(Options):
+class JobSpec(Settings):
     """A dtrain job: what to train, on what data, for how long."""
 
     name: Name
@@ -202,25 +205,25 @@ class JobSpec(Options):
     """Measuring on held-out data."""
     checkpoint: Checkpoint = Checkpoint()
     """Snapshots and checkpoints."""
-    strategy: Strategy = Field(default_factory=lambda: _default_strategy())
+    strategy: Strategy = field(default_factory=lambda: _default_strategy())
     """How the model is spread over workers: a file in `dtrain/strategies/` and its options."""
     retry: Retry = Retry()
     """What failures are survived, and how often."""
 
 
-class Entrypoint(Options):
+class Entrypoint(Settings):
     """A script of your own, started on every worker as `torchrun` or `accelerate launch` would."""
 
-    script: Annotated[str, Field(min_length=1, max_length=4096)]
+    script: Annotated[str, Meta(min_length=1, max_length=4096)]
     """Python file; a relative path starts at the job file's folder."""
     args: tuple[str | int | float, ...] = ()
     """What the script finds behind its name in `sys.argv`; `{checkpoint_dir}` in it is the run's folder for
     checkpoints, the same in every attempt."""
-    environment: dict[str, str] = Field(default={})
+    environment: dict[str, str] = {}
     """Environment variables the script finds besides those of its launch; they are kept in the run folder."""
 
 
-class ScriptSpec(Options):
+class ScriptSpec(Settings):
     """A dtrain job that runs a script of your own, which brings its own model, data and checkpoints."""
 
     name: Name

@@ -1,16 +1,15 @@
 """Job and cluster files, read strictly: every mistake at once, each as `file:line: what; next move`."""
 
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-import pydantic
+import msgspec
 
-from dtrain.component import FROM_FILE, Options
 from dtrain.errors import InputError
+from dtrain.settings import Settings, convert
 from dtrain.spec import document, words
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.document import Node
@@ -22,7 +21,7 @@ MAX_MISTAKES = 50
 THIS_MACHINE = "{name: local, description: The machine at hand., backend: {name: local}}"
 """`clusters/local.yaml`, for when no cluster file is given and that one is not at hand."""
 ENTRYPOINT = "entrypoint"
-Spec = TypeVar("Spec", bound=Options)
+Spec = TypeVar("Spec", bound=Settings)
 
 
 def load_job(path: str | Path, overrides: Sequence[str] = ()) -> JobSpec | ScriptSpec:
@@ -139,12 +138,11 @@ def _spell_out(root: Node) -> None:
 def _checked(spec: type[Spec], root: Node) -> Spec:
     mistakes, result = list(root.mistakes), None
     try:
-        # Through JSON, where strictness lets a list be a tuple. Files say aliases (`global`) only.
-        result = spec.model_validate_json(json.dumps(root.plain()), context=FROM_FILE, **FROM_FILE)
-    except pydantic.ValidationError as error:
-        from dtrain.spec.mistakes import in_words
+        result = convert(root.plain(), spec)
+    except msgspec.ValidationError:
+        from dtrain.spec.mistakes import mistakes_in
 
-        mistakes += in_words(error.errors(include_url=False), spec, root)
+        mistakes += mistakes_in(root, spec)
     mistakes = _of_either_kind(spec, root, mistakes)
     if result is not None and not mistakes:
         return result
@@ -155,7 +153,7 @@ def _checked(spec: type[Spec], root: Node) -> Spec:
     raise InputError("\n".join(lines))
 
 
-def _of_either_kind(spec: type[Options], root: Node, mistakes: list[tuple[str, str]]) -> list[tuple[str, str]]:
+def _of_either_kind(spec: type[Settings], root: Node, mistakes: list[tuple[str, str]]) -> list[tuple[str, str]]:
     """A job has a model or a script: what is said where it has both, or neither."""
     if spec is JobSpec:
         of_model = "model is missing;"

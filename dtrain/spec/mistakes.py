@@ -1,142 +1,144 @@
-"""pydantic's errors as mistakes of a file, found by walking the schema and the document side by side."""
+"""What is wrong with a file, in words: every mistake at once, found by walking the schema and the document together."""
 
 import difflib
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic_core import ErrorDetails
+import msgspec
 
-from dtrain.component import Options, suggestion
+from dtrain.component import suggestion
+from dtrain.settings import Settings, Unfit, convert
 from dtrain.spec import document, words
 from dtrain.spec.document import Node, found
 
 NUM_LETTERS = 3
 """Of a word that is looked for in descriptions: shorter ones are everywhere."""
 YES_NO = {"yes": "true", "y": "true", "on": "true", "no": "false", "n": "false", "off": "false"}
+Mistake = tuple[str, str]
+"""Where, and what with the next move."""
 
 
-def in_words(errors: Sequence[ErrorDetails], spec: type[Options], root: Node) -> list[tuple[str, str]]:
-    """Each mistake as (where, what and the next move); `errors` are those of `spec` on the document at `root`."""
-    places = [(error, _Place(spec, root, error)) for error in errors]
-    misnamed = [place.path[:-1] for _, place in places if place.choice]
-    mistyped = {(place.path[:-1], place.nearest_key) for error, place in places if error["type"] == "extra_forbidden"}
-    by_path: dict[tuple[str, ...], tuple[str, str]] = {}
-    for error, place in places:
-        # What else is wrong with a component that does not exist says nothing.
-        if any(place.path[: len(m)] == m for m in misnamed) and not place.choice:
-            continue
-        # A mistyped key beside it already tells of this one.
-        if error["type"] == "missing" and (place.path[:-1], place.path[-1]) in mistyped:
-            continue
-        # A union reports each of its members: one mistake a place is enough.
-        by_path.setdefault(place.path, (place.where, _explain(error, place)))
-    return list(by_path.values())
+def mistakes_in(root: Node, spec: type[Settings]) -> list[Mistake]:
+    """All that keeps the document at `root` from being what `spec` describes; empty where nothing does."""
+    return list(_of_settings(_Place(spec, root, ""), spec))
 
 
+@dataclass
 class _Place:
-    """Where an error's location leads: the type that was expected there and what stands there."""
+    """The type that is expected at a place of a document, and what stands there."""
 
-    def __init__(self, spec: type[Options], root: Node, error: ErrorDetails) -> None:
-        self.annotation: Any = spec
-        self.node: Node | None = root
-        self.where = root.where
-        self.path: tuple[str, ...] = ()
-        self.keys: list[str] = []
-        """Keys known beside the last part of the path."""
-        self.has_default = False
-        self.choice: dict[str, type[Options]] | None = None
-        """Components by name, where the place is the `name` that should be one of them."""
-        location = error["loc"]
-        if error["type"] == "missing" and isinstance(location[-1], int):
-            location = location[:-1]  # a list lacks an element: it is the list that is wrong
-        for part in location:
-            self._step(part)
-        if error["type"] == "union_tag_invalid":
-            self.choice = words.components(self.annotation)
-            self._descend("name", None)
+    annotation: Any
+    node: Node
+    dotted: str
+    has_default: bool = False
 
-    def _step(self, part: int | str) -> None:
-        names = words.components(self.annotation)
-        if len(names) > 1 and part in names:
-            self.annotation = names[str(part)]  # pydantic puts the chosen name into the location
+    def below(self, key: str | int, annotation: Any, has_default: bool = False) -> "_Place":
+        return _Place(annotation, self.node.value[key], self.at(key), has_default)
+
+    def at(self, key: str | int) -> str:
+        return f"{self.dotted}.{key}" if self.dotted else str(key)
+
+    def says(self, what: str) -> Mistake:
+        return self.node.where, f"{self.dotted}: {what}" if self.dotted else what
+
+
+def _of(place: _Place) -> Iterator[Mistake]:
+    kind, value = place.annotation, place.node.value
+    if isinstance(value, dict):
+        if names := words.components(kind):
+            yield from _of_component(place, names)
             return
-        model = words.model_of(self.annotation)
-        if model is not None and isinstance(part, str):
-            known = words.fields(model)
-            self.keys = list(known)
-            field = known.get(part)
-            self.choice = names if part == "name" and names else None
-            self.has_default = field is not None and not field.is_required()
-            self._descend(part, words.annotation_of(field) if field else None)
-        elif isinstance(part, int) and (element := words.element_of(self.annotation, part)) is not None:
-            self._descend(part, element)
-        elif isinstance(part, str) and (value := words.value_of(self.annotation)) is not None:
-            self._descend(part, value)
-        # Else it names the member of a union that was tried, which is no place in the file.
-
-    def _descend(self, part: int | str, annotation: Any) -> None:
-        self.annotation = annotation
-        self.path = (*self.path, str(part))
-        value = self.node.value if self.node else None
-        child = None
-        if isinstance(value, dict):
-            child = value.get(part)
-        elif isinstance(value, list) and isinstance(part, int) and part < len(value):
-            child = value[part]
-        self.node = child
-        if child is not None:
-            self.where = child.where
-
-    @property
-    def nearest_key(self) -> str | None:
-        return next(iter(difflib.get_close_matches(self.path[-1], self.keys, n=1, cutoff=0.6)), None)
-
-    @property
-    def dotted(self) -> str:
-        return ".".join(self.path)
+        if model := words.model_of(kind):
+            yield from _of_settings(place, model)
+            return
+        if (inner := words.value_of(kind)) is not None:
+            for key in value:
+                yield from _of(place.below(key, inner))
+            return
+    if isinstance(value, list) and words.element_of(kind, 0) is not None:
+        inside = [
+            mistake for index in range(len(value)) for mistake in _of(place.below(index, words.element_of(kind, index)))
+        ]
+        if inside:
+            yield from inside
+            return
+    if not _fits(place):
+        yield place.says(f"expected {words.expected(kind)}, found {found(place.node)}{_hint(place)}")
 
 
-def _explain(error: ErrorDetails, place: _Place) -> str:
-    """What is wrong and the next move."""
-    kind, dotted = error["type"], place.dotted
-    names = words.components(place.annotation)
-    if kind == "missing" and place.node is None:
-        return f"{dotted} is missing; add {words.expected(place.annotation)}"
-    if kind == "extra_forbidden":
-        return f"{dotted} is not a key{suggestion(place.path[-1], place.keys)}"
-    if kind == "union_tag_not_found":
-        return f"{dotted}.name is missing; there is: {', '.join(names)}"
-    if place.choice:
-        return _no_such(".".join(place.path[:-1]), place.node, place.choice)
-    if kind in ("value_error", "assertion_error"):
-        reason = str(error.get("ctx", {}).get("error", error["msg"]))
-        return f"{dotted}: {reason}" if dotted else reason
-    if place.node is None:
-        return f"{dotted}: {error['msg']}"
-    what = f"{dotted}: expected {words.expected(place.annotation)}, found {found(place.node)}"
-    return what + _hint(place.node, place)
+def _of_component(place: _Place, names: dict[str, type[Settings]]) -> Iterator[Mistake]:
+    said = place.node.value.get("name")
+    if said is None:
+        yield place.node.where, f"{place.at('name')} is missing; there is: {', '.join(names)}"
+    elif not isinstance(said.value, str) or said.value not in names:
+        # What else is wrong with a component that does not exist says nothing.
+        yield said.where, _no_such(place.dotted, said, names)
+    else:
+        yield from _of_settings(place, names[said.value])
 
 
-def _no_such(folder: str, node: Node | None, known: dict[str, type[Options]]) -> str:
-    if node is None or not isinstance(node.value, str):
-        stands = found(node) if node else "nothing"
-        return f"{folder}.name: expected one of: {', '.join(known)}, found {stands}"
+def _of_settings(place: _Place, model: type[Settings]) -> Iterator[Mistake]:
+    given, known = place.node.value, words.fields(model)
+    inside: list[Mistake] = []
+    meant = set()
+    for key in given:
+        if key not in known:
+            inside.append((given[key].where, f"{place.at(key)} is not a key{suggestion(key, known)}"))
+            meant.update(difflib.get_close_matches(key, known, n=1, cutoff=0.6))
+    for key, field in known.items():
+        if key in given:
+            inside += _of(place.below(key, field.annotation, not field.is_required))
+        elif field.is_required and key not in meant:  # else a mistyped key beside it tells of this one
+            what = f"{place.at(key)} is missing; add {words.expected(field.annotation)}"
+            inside.append((place.node.where, what))
+    yield from inside or _of_the_whole(place, model)
+
+
+def _of_the_whole(place: _Place, model: type[Settings]) -> Iterator[Mistake]:
+    """What values that are right by themselves say together."""
+    try:
+        convert(place.node.plain(), model)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if not isinstance(cause, Unfit):
+            yield place.says(str(cause or error))
+            return
+        for key, reason in cause.reasons.items():
+            at = place.node.value[key].where if key in place.node.value else place.node.where
+            yield at, f"{place.at(key)}: {reason}"
+
+
+def _fits(place: _Place) -> bool:
+    value = place.node.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return False
+    try:
+        convert(place.node.plain(), place.annotation)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+def _no_such(folder: str, node: Node, known: dict[str, type[Settings]]) -> str:
+    if not isinstance(node.value, str):
+        return f"{folder}.name: expected one of: {', '.join(known)}, found {found(node)}"
     meant = _that_speaks_of(node.value, known)
     near = f"; did you mean {meant!r}?" if meant else suggestion(node.value, known)
     return f"{folder}.name: there is no {folder} {found(node)}{near}"
 
 
-def _that_speaks_of(word: str, known: dict[str, type[Options]]) -> str | None:
+def _that_speaks_of(word: str, known: dict[str, type[Settings]]) -> str | None:
     """The one component that has the word in its description, or among what it lets choose: `resnet` is `cnn`."""
     wanted = _letters(word)
     speak = []
     for name, component in known.items():
         fields = words.fields(component).values()
         said = [sys.modules[component.__module__].__doc__ or "", component.__doc__ or ""]
-        said += [str(choice) for field in fields for choice in words.choices(words.annotation_of(field))]
+        said += [str(choice) for field in fields for choice in words.choices(field.annotation)]
         if any(_letters(one).startswith(wanted) for text in said for one in text.split()):
             speak.append(name)
     return speak[0] if len(speak) == 1 and len(wanted) >= NUM_LETTERS else None
@@ -146,9 +148,9 @@ def _letters(word: str) -> str:
     return re.sub(r"[\W_]", "", word.lower())
 
 
-def _hint(node: Node, place: _Place) -> str:
+def _hint(place: _Place) -> str:
     """The next move, where more can be said than what was expected."""
-    kind, value = place.annotation, node.value
+    kind, node, value = place.annotation, place.node, place.node.value
     names = words.components(kind)
     if value is None:
         return "; give a value, or remove the key to take its default" if place.has_default else "; give a value"

@@ -1,20 +1,22 @@
 """What may stand in a file, for editors (JSON Schema) and for readers (the reference in Markdown)."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic.fields import FieldInfo
-from pydantic.json_schema import GenerateJsonSchema
-from pydantic_core import CoreSchema
+import msgspec
 
-from dtrain.component import Options
+from dtrain.settings import Choice, Settings
 from dtrain.spec import words
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import SHORT_FORMS, JobSpec, ScriptSpec
 
-SPECS: dict[str, type[Options]] = {"job": JobSpec, "cluster": ClusterSpec}
+REF = "#/$defs/{name}"
+NO_BOUNDS = (-sys.float_info.max, sys.float_info.max)
+BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+SPECS: dict[str, type[Settings]] = {"job": JobSpec, "cluster": ClusterSpec}
 
 
 def json_schema(kind: str) -> dict[str, Any]:
@@ -26,8 +28,56 @@ def json_schema(kind: str) -> dict[str, Any]:
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": title, **schema}
 
 
-def _of(spec: type[Options]) -> dict[str, Any]:
-    return spec.model_json_schema(by_alias=True, schema_generator=_Generator)
+def _of(spec: type[Settings]) -> dict[str, Any]:
+    """msgspec's schema of the types; what depends on a choice of components, and the help, is added to it."""
+    models = list(dict.fromkeys(_models(spec)))
+    refs, _ = msgspec.json.schema_components(models, schema_hook=lambda _: {"not": {}}, ref_template=REF)
+    ref = dict(zip(models, refs, strict=True))
+
+    def any_of(choice: type) -> dict[str, Any]:
+        assert isinstance(choice, Choice)
+        by_name = {name: ref[component] for name, component in choice.options.items()}
+        mapping = {name: one["$ref"] for name, one in by_name.items()}
+        return {"discriminator": {"propertyName": "name", "mapping": mapping}, "oneOf": list(by_name.values())}
+
+    _, made = msgspec.json.schema_components(models, schema_hook=any_of, ref_template=REF)
+    key = {model: one["$ref"].rpartition("/")[2] for model, one in ref.items()}
+    definitions = {key[model]: _explained(made[key[model]], model) for model in models}
+    return {**definitions.pop(key[spec]), "$defs": definitions}
+
+
+def _models(model: type[Settings]) -> Iterator[type[Settings]]:
+    """A settings class and all that it is made of."""
+    yield model
+    for field in words.fields(model).values():
+        inside = words.models(field.annotation)
+        for each in inside:
+            yield from _models(each)
+
+
+def _explained(schema: dict[str, Any], model: type[Settings]) -> dict[str, Any]:
+    properties = {}
+    for key, field in words.fields(model).items():
+        properties[key] = {**_for_editors(schema["properties"][key]), "description": field.help}
+        if field.is_required:
+            properties[key].pop("default", None)
+    required = [key for key, field in words.fields(model).items() if field.is_required]
+    kept = {word: value for word, value in schema.items() if word not in ("title", "properties", "required")}
+    return {**kept, "properties": properties, **({"required": required} if required else {})}
+
+
+def _for_editors(schema: Any) -> Any:
+    """Patterns as editors read them, and no bounds that every number keeps."""
+    if isinstance(schema, list):
+        return [_for_editors(one) for one in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {word: _for_editors(value) for word, value in schema.items() if value not in NO_BOUNDS}
+    for bound in BOUNDS & made.keys():  # equal types are one to Python, so 1 and 1.0 would depend on which came first
+        made[bound] = int(made[bound]) if made[bound] == int(made[bound]) else made[bound]
+    if isinstance(made.get("pattern"), str):
+        made["pattern"] = words.to_read(made["pattern"])
+    return made
 
 
 def _with_scripts(job: dict[str, Any], script: dict[str, Any]) -> dict[str, Any]:
@@ -76,43 +126,18 @@ def generated() -> dict[str, str]:
     return {**schemas, "docs/options.md": "\n".join(options)}
 
 
-class _Generator(GenerateJsonSchema):
-    """Without titles that only repeat the key."""
-
-    def field_title_should_be_set(self, schema: Any) -> bool:
-        return False
-
-    def model_schema(self, schema: Any) -> dict[str, Any]:
-        made = super().model_schema(schema)
-        made.pop("title", None)
-        names = words.fields(schema["cls"]) if issubclass(schema["cls"], Options) else {}
-        for key, field in names.items():
-            if field.description:
-                made["properties"][key].setdefault("description", field.description)
-        only = made.get("properties", {}).get("name", {})
-        if "const" in only and "name" in names:
-            # The code may leave the name of a component out, a file may not.
-            only.pop("default", None)
-            made["required"] = ["name", *(key for key in made.get("required", []) if key != "name")]
-        return made
-
-    def generate(self, schema: CoreSchema, mode: Any = "validation") -> dict[str, Any]:
-        return dict(super().generate(schema, mode))
-
-
-def _sections(model: type[Options], prefix: str, *, listed: bool = False) -> Iterator[str]:
+def _sections(model: type[Settings], prefix: str, *, listed: bool = False) -> Iterator[str]:
     """A table of one settings class, unless it is `listed` already, then those of the components it chooses from."""
     rows = list(_rows(model, prefix))
     if rows and not listed:
         yield _table(rows)
     for key, field in words.fields(model).items():
-        annotation = words.annotation_of(field)
-        choices = words.components(annotation)
+        choices = words.components(field.annotation)
         for name, component in choices.items():
             yield f"### `{prefix}{key}: {{name: {name}}}`"
             yield (component.__doc__ or "").strip()
             yield from _sections(component, f"{prefix}{key}.")
-        inner = words.model_of(annotation)
+        inner = words.model_of(field.annotation)
         if inner is not None and not choices:
             yield from _sections(inner, f"{prefix}{key}.", listed=True)
 
@@ -122,23 +147,22 @@ def _table(rows: list[tuple[str, str, str, str]]) -> str:
     return "\n".join(header + [f"| {' | '.join(_escape(cell) for cell in row)} |" for row in rows])
 
 
-def _rows(model: type[Options], prefix: str) -> Iterator[tuple[str, str, str, str]]:
+def _rows(model: type[Settings], prefix: str) -> Iterator[tuple[str, str, str, str]]:
     for key, field in words.fields(model).items():
-        annotation = words.annotation_of(field)
-        if len(words.choices(annotation)) == 1 and key == "name" and prefix:
+        if len(words.choices(field.annotation)) == 1 and key == "name" and prefix:
             continue
-        inner = words.model_of(annotation)
-        if inner is not None and not words.components(annotation):
+        inner = words.model_of(field.annotation)
+        if inner is not None and not words.components(field.annotation):
             yield from _rows(inner, f"{prefix}{key}.")
         else:
-            yield f"`{prefix}{key}`", words.expected(annotation), _default(field), field.description or ""
+            yield f"`{prefix}{key}`", words.expected(field.annotation), _default(field), field.help
 
 
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
+def _default(field: words.Key) -> str:
+    if field.is_required:
         return "required"
-    value = field.get_default(call_default_factory=True, validated_data={})
-    if isinstance(value, Options):
+    value = field.default
+    if isinstance(value, Settings):
         value = {"name": value.name} if hasattr(value, "name") else {}
     return f"`{json.dumps(value, default=str)}`"
 

@@ -1,45 +1,48 @@
 """The types of a schema in plain words: for messages, for the reference, and for finding what may stand at a place."""
 
 import inspect
+import sys
 import types
-from copy import copy
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-import annotated_types
-from pydantic.fields import FieldInfo
+from msgspec import NODEFAULT, Meta, structs
 
-from dtrain.component import Choice, Options, Says, helps
+from dtrain.settings import Choice, Says, Settings, helps
 
 UNIONS = (Union, types.UnionType)
 
 
-def key_of(name: str, field: FieldInfo) -> str:
-    """What a file calls a field."""
-    return field.alias or name
+@dataclass(frozen=True)
+class Key:
+    """What a file may give at a place."""
+
+    annotation: Any
+    is_required: bool
+    default: Any
+    """None for one that is required."""
+    help: str
 
 
-def fields(model: type[Options]) -> dict[str, FieldInfo]:
-    """The keys a file may give at a place, and their fields with help; the name of a component comes first."""
-    said = helps(model)
-    found = {}
-    for name, original in model.model_fields.items():
-        field = copy(original)
-        field.description = field.description or said.get(name)
-        found[key_of(name, field)] = field
+def fields(model: type[Settings]) -> dict[str, Key]:
+    """The keys a file may give at a place; the name of a component comes first."""
+    said, found = helps(model), {}
+    for field in structs.fields(model):
+        default = field.default_factory() if field.default_factory is not NODEFAULT else field.default
+        text = said.get(field.name, "")
+        is_name = field.name == "name" and _only_choice(field.type) is not None
+        if is_name and not text:
+            text = (model.__doc__ or "").strip().partition("\n")[0]
+        # The code may leave the name of a component out, a file may not.
+        is_required = field.required or is_name
+        found[field.encode_name] = Key(field.type, is_required, None if is_required else default, text)
     return {"name": found.pop("name"), **found} if "name" in found else found
-
-
-def annotation_of(field: FieldInfo) -> Any:
-    """The whole type of a field, with the metadata that pydantic took off it."""
-    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def alternatives(annotation: Any) -> list[Any]:
     """The members of a union, or the type itself; what stands around them in `Annotated` is dropped."""
-    if get_origin(annotation) is Annotated:
-        for mark in get_args(annotation)[1:]:
-            if isinstance(mark, Choice):
-                return alternatives(mark.union)
+    if isinstance(annotation, Choice):
+        return list(annotation.options.values())
     while get_origin(annotation) is Annotated and get_origin(get_args(annotation)[0]) in UNIONS:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in UNIONS:
@@ -51,26 +54,45 @@ def bare(annotation: Any) -> Any:
     return get_args(annotation)[0] if get_origin(annotation) is Annotated else annotation
 
 
-def components(annotation: Any) -> dict[str, type[Options]]:
+def components(annotation: Any) -> dict[str, type[Settings]]:
     """The components that a setting chooses from by `name`; empty for any other setting."""
-    found: dict[str, type[Options]] = {}
+    found: dict[str, type[Settings]] = {}
     for member in alternatives(annotation):
         kind = bare(member)
         if kind is type(None):
             continue
-        if not (inspect.isclass(kind) and issubclass(kind, Options) and "name" in kind.model_fields):
+        name = _name_of(kind) if inspect.isclass(kind) and issubclass(kind, Settings) else None
+        if name is None:
             return {}
-        said = kind.model_fields["name"].annotation
-        if get_origin(said) is not Literal or len(get_args(said)) != 1:
-            return {}
-        found[get_args(said)[0]] = kind
+        found[name] = kind
     return found
 
 
-def model_of(annotation: Any) -> type[Options] | None:
+def _name_of(options: type[Settings]) -> str | None:
+    """Of a component: the one that its `name` may have."""
+    return next((_only_choice(field.type) for field in structs.fields(options) if field.name == "name"), None)
+
+
+def _only_choice(annotation: Any) -> str | None:
+    choices = get_args(annotation) if get_origin(annotation) is Literal else ()
+    return str(choices[0]) if len(choices) == 1 else None
+
+
+def model_of(annotation: Any) -> type[Settings] | None:
     """The settings class at a place, when there is exactly one."""
-    models = [k for k in map(bare, alternatives(annotation)) if inspect.isclass(k) and issubclass(k, Options)]
+    models = [k for k in map(bare, alternatives(annotation)) if inspect.isclass(k) and issubclass(k, Settings)]
     return models[0] if len(models) == 1 else None
+
+
+def models(annotation: Any) -> list[type[Settings]]:
+    """The settings classes that may stand at a place, or in a list or a mapping there."""
+    found = []
+    for kind in map(bare, alternatives(annotation)):
+        if inspect.isclass(kind) and issubclass(kind, Settings):
+            found.append(kind)
+        elif kind is not Any and kind is not None and get_origin(kind) in (list, tuple, dict):
+            found += [model for inner in get_args(kind) if inner is not ... for model in models(inner)]
+    return found
 
 
 def element_of(annotation: Any, index: int) -> Any:
@@ -145,30 +167,27 @@ def _expected(annotation: Any) -> str:
         return f"a list{_length(metadata, 'elements')}, each {expected(arguments[0])}"
     if origin is dict or kind is dict:
         return "a mapping"
-    if inspect.isclass(kind) and issubclass(kind, Options):
+    if inspect.isclass(kind) and issubclass(kind, Settings):
         return f"a mapping of {', '.join(fields(kind))}"
     return "any value"
 
 
 def _metadata(annotation: Any) -> list[Any]:
-    if get_origin(annotation) is not Annotated:
-        return []
-    found: list[Any] = []
-    for mark in get_args(annotation)[1:]:
-        found += mark.metadata if isinstance(mark, FieldInfo) else [mark]
-    return found
+    return list(get_args(annotation)[1:]) if get_origin(annotation) is Annotated else []
 
 
 def _bounds(metadata: list[Any]) -> str:
     lower, upper = [], []
     for mark in metadata:
-        if isinstance(mark, annotated_types.Gt):
+        if not isinstance(mark, Meta):
+            continue
+        if mark.gt is not None:
             lower.append(f"greater than {_number(mark.gt)}")
-        elif isinstance(mark, annotated_types.Ge):
+        if mark.ge is not None and mark.ge != -sys.float_info.max:
             lower.append(f"at least {_number(mark.ge)}")
-        elif isinstance(mark, annotated_types.Lt):
+        if mark.lt is not None:
             upper.append(f"less than {_number(mark.lt)}")
-        elif isinstance(mark, annotated_types.Le):
+        if mark.le is not None and mark.le != sys.float_info.max:
             upper.append(f"at most {_number(mark.le)}")
     said = lower + upper
     return f" {' and '.join(said)}" if said else ""
@@ -177,14 +196,21 @@ def _bounds(metadata: list[Any]) -> str:
 def _length(metadata: list[Any], of: str) -> str:
     said = []
     for mark in metadata:
-        if isinstance(mark, annotated_types.MinLen) and mark.min_length:
+        if not isinstance(mark, Meta):
+            continue
+        if mark.min_length:
             said.append("not empty" if mark.min_length == 1 else f"at least {mark.min_length} {of}")
-        elif isinstance(mark, annotated_types.MaxLen):
+        if mark.max_length is not None:
             said.append(f"at most {mark.max_length} {of}")
-        elif pattern := getattr(mark, "pattern", None):
-            said.append(f"matching {pattern}")
+        if mark.pattern is not None:
+            said.append(f"matching {to_read(mark.pattern)}")
     return f", {', '.join(said)}" if said else ""
 
 
+def to_read(pattern: str) -> str:
+    """A pattern as editors and people know it: Python's end of a text is `\\Z`, its `$` allows a line end there."""
+    return pattern.replace(r"\Z", "$")
+
+
 def _number(bound: Any) -> str:
-    return f"{bound:g}" if isinstance(bound, float) else str(bound)
+    return str(int(bound)) if bound == int(bound) else f"{bound:g}"

@@ -1,6 +1,6 @@
 """How parts are spread over workers. A strategy is one file here, found by its name, with three things in it:
 
-- `Options`: its settings (`dtrain.component.Options`);
+- `Options`: its settings (a `dtrain.settings.Settings`);
 - `check(options, job, workers, size) -> None`: raises `InputError` for what it cannot do, at plan time, naming the
   alternative;
 - `prepare(task, plan, device, make_optimizer) -> Prepared`: spreads the parts, and makes one engine a phase.

@@ -4,12 +4,12 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.errors import InputError
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from dtrain.strategies.deepspeed import Options as DeepSpeedOptions
 
 
-class Options(component.Options):
+class Options(Settings):
     """Hugging Face Accelerate wraps the model and updates it, by one of its engines."""
 
     engine: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     """What Accelerate spreads the model with."""
-    bucket_mib: PositiveFloat = Field(default=25.0, le=4096.0)
+    bucket_mib: Annotated[float, Meta(gt=0, le=4096.0)] = 25.0
     """Gradients are sent in buckets of this many MiB (engine `ddp`)."""
     reshard_after_forward: bool = True
     """Give the gathered weights of a block up after its forward pass and gather them anew (engine `fsdp`)."""

@@ -1,11 +1,11 @@
 """Data parallelism: every worker holds the whole model, gradients are averaged (torch DistributedDataParallel)."""
 
 import inspect
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field, PositiveFloat
+from msgspec import Meta
 
-from dtrain import component
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from dtrain.strategies import MakeOptimizer, Prepared
 
 
-class Options(component.Options):
+class Options(Settings):
     """Every worker holds the whole model; gradients are averaged while the backward pass runs."""
 
-    bucket_mib: PositiveFloat = Field(default=25.0, le=4096.0)
+    bucket_mib: Annotated[float, Meta(gt=0, le=4096.0)] = 25.0
     """Gradients are sent in buckets of this many MiB."""
     static_graph: bool = False
     """Promise that every step uses the same parameters, which saves bookkeeping."""

@@ -6,12 +6,12 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.errors import InputError
+from dtrain.settings import Settings
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from dtrain.strategies import MakeOptimizer, Prepared
 
 
-class Options(component.Options):
+class Options(Settings):
     """ZeRO by DeepSpeed: optimizer state, gradients and weights are divided among the workers."""
 
     stage: Literal[1, 2, 3] = 2
@@ -33,11 +33,11 @@ class Options(component.Options):
     """Where the optimizer's state and its update live: on the device, or in the node's memory, which is slower."""
     offload_parameters: bool = False
     """Keep the divided weights in the node's memory until a layer needs them (stage 3)."""
-    reduce_bucket_mib: PositiveFloat = Field(default=128.0, le=8192.0)
+    reduce_bucket_mib: Annotated[float, Meta(gt=0, le=8192.0)] = 128.0
     """Gradients are sent in buckets of this many MiB; each worker holds one such bucket, two when they overlap."""
-    gather_bucket_mib: PositiveFloat = Field(default=128.0, le=8192.0)
+    gather_bucket_mib: Annotated[float, Meta(gt=0, le=8192.0)] = 128.0
     """New weights are gathered in buckets of this many MiB (stages 1 and 2), or fetched so far ahead (stage 3)."""
-    keep_below: int = Field(default=100_000, ge=0, le=10**9)
+    keep_below: Annotated[int, Meta(ge=0, le=10**9)] = 100_000
     """Weights with at most this many numbers are never divided, which saves many small messages (stage 3)."""
     overlap_comm: bool = False
     """Send gradients while the backward pass still computes."""

@@ -3,12 +3,12 @@
 torch's `fully_shard` (FSDP2); with `tensor_parallel`, layers are split over neighbouring workers besides.
 """
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt
+from msgspec import Meta
 
-from dtrain import component
 from dtrain.errors import InputError
+from dtrain.settings import PositiveInt, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -23,20 +23,20 @@ if TYPE_CHECKING:
     from dtrain.strategies.mesh import Mesh
 
 
-class Options(component.Options):
+class Options(Settings):
     """Weights, gradients and optimizer state are sharded over the workers (torch FSDP2)."""
 
     wrap: Literal["blocks", "size"] = "blocks"
     """What is gathered at a time: each of the model's repeated blocks, or each submodule of `min_parameters` or more;
     and then all the rest."""
-    min_parameters: PositiveInt = Field(default=1_000_000, le=10**12)
+    min_parameters: Annotated[PositiveInt, Meta(le=10**12)] = 1_000_000
     """Parameters that a submodule has at least to be gathered by itself, with `wrap: size`."""
     reshard_after_forward: bool = True
     """Give the gathered weights of a block up after its forward pass and gather them anew for the backward pass, which
     saves memory and costs traffic."""
     replicate: PositiveInt | Literal["nodes"] = 1
     """Copies of the model, each sharded over its share of the workers (hybrid sharding); `nodes`: one on each node."""
-    tensor_parallel: PositiveInt = Field(default=1, le=1024)
+    tensor_parallel: Annotated[PositiveInt, Meta(le=1024)] = 1
     """Neighbouring workers that compute each layer together, each with a slice of its weights."""
     gather: Literal["fp32", "low"] = "fp32"
     """Format in which weights travel to be computed with: fp32, or for linear and convolution layers in blocks that of

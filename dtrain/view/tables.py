@@ -5,6 +5,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,6 +13,7 @@ from rich.text import Text
 
 from dtrain import runs
 from dtrain.errors import StorageError
+from dtrain.settings import to_builtins
 from dtrain.view import outcome, words
 from dtrain.view.follow import STYLES, others
 
@@ -40,8 +42,8 @@ def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
     record = run.record
     metrics = run.latest(record)
     where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
-    seen = {} if sight is None else {"cluster": sight.model_dump()}
-    return {**record.model_dump(mode="json"), **where, **seen}
+    seen = {} if sight is None else {"cluster": to_builtins(sight)}
+    return {**to_builtins(record), **where, **seen}
 
 
 def _as_seen(record: runs.Record, sight: "Sight | None") -> runs.Record:
@@ -49,7 +51,7 @@ def _as_seen(record: runs.Record, sight: "Sight | None") -> runs.Record:
     if sight is None or record.state != "lost" or not sight.brings_back:
         return record
     cause = sight.why or "its cluster starts another driver"
-    return record.model_copy(update={"state": "recovering", "cause": cause, "error_kind": None, "exit_code": None})
+    return replace(record, state="recovering", cause=cause, error_kind=None, exit_code=None)
 
 
 # -- ps ------------------------------------------------------------------------------------------------------
@@ -155,7 +157,7 @@ def status(run: runs.Run, sight: "Sight | None" = None) -> RenderableType:
     if record.outcome.get("metrics"):
         parts += outcome.comparison(record.outcome)
     if record.state in ("failed", "lost") and record.error:
-        parts += outcome.failure(record.model_copy(update={"cause": ""}))
+        parts += outcome.failure(replace(record, cause=""))
     return Group(*parts)
 
 

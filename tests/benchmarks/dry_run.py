@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -11,11 +10,6 @@ from tests.benchmarks.harness import ROOT, Figure, paired
 from tests.benchmarks.running import DTRAIN, seconds, with_kubernetes
 
 TARGET = 2.0
-FLOOR = """
-import click, yaml, pydantic
-class Options(pydantic.BaseModel):
-    name: str
-"""
 JOB, CLUSTER = ROOT / "jobs" / "gpt_small.yaml", ROOT / "clusters" / "kind.yaml"
 
 
@@ -25,7 +19,7 @@ def measure(*, is_quick: bool) -> list[Figure]:
     with_kubernetes()
     from api_server import ApiServer  # type: ignore[import-not-found]
 
-    ours, theirs, floor = [], [], []
+    ours, theirs = [], []
     command = [DTRAIN, "submit", str(JOB), "--cluster", str(CLUSTER), "--dry-run"]
     with tempfile.TemporaryDirectory() as folder, ApiServer() as api:
         config = api.kubeconfig(Path(folder) / "kubeconfig", namespace="default")
@@ -36,10 +30,6 @@ def measure(*, is_quick: bool) -> list[Figure]:
         for number in range(4 if is_quick else 30):
             theirs.append(seconds(rival, env=environment, cwd=folder))
             ours.append(seconds(command, env=environment, cwd=folder))
-            floor.append(seconds([sys.executable, "-c", FLOOR], env=environment, cwd=folder))
             if number == 0:  # caches were cold
-                ours, theirs, floor = [], [], []
-    return [
-        paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET),
-        paired("Python and the libraries alone : the same", floor, theirs, TARGET, "with one class of pydantic's"),
-    ]
+                ours, theirs = [], []
+    return [paired("dtrain submit --dry-run : kubectl apply --dry-run=client", ours, theirs, TARGET)]

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from dtrain.machine import Machine, probe
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
 from dtrain.spec import load
 from tests.benchmarks import inside
 from tests.benchmarks.harness import JOBS, NotHere

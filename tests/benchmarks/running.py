@@ -12,9 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from msgspec import to_builtins
+
 from dtrain.backends import local
 from dtrain.data import cache
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
 from dtrain.runs import Run, iterate_lines, read_lines
 from dtrain.spec import load
 from tests.benchmarks.harness import JOBS, RIVALS, ROOT
@@ -201,7 +204,7 @@ def rival_config(plan: Plan, **changes: Any) -> dict[str, Any]:
     optimizer: Any = plan.optimizer
     return {
         "tokens": str(cache.folder() / source.fingerprint / "train.bin"),
-        "model": {**model.model_dump(), "hidden": model.hidden},
+        "model": {**to_builtins(model), "hidden": model.hidden},
         "vocabulary_size": source.separator + 1,
         "padded": model.padded(source.separator + 1),
         "sequence_length": plan.data.sequence_length,  # type: ignore[attr-defined]

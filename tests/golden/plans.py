@@ -6,7 +6,8 @@
 from pathlib import Path
 
 from dtrain.machine import Gpu, Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.load import load_job
 
@@ -39,7 +40,7 @@ def golden(job: Path, machine: str) -> Path:
 
 
 def text(job: Path, machine: str) -> str:
-    place = ClusterSpec.model_validate({"name": "local", "backend": {"name": "local"}, "storage": "/runs"})
+    place = convert({"name": "local", "backend": {"name": "local"}, "storage": "/runs"}, ClusterSpec)
     return make_plan(load_job(job), place, MACHINES[machine], Path("/jobs")).to_json() + "\n"
 
 

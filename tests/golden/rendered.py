@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from dtrain.backends import kuberay
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.load import load_cluster, load_job
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,7 +5,7 @@ from pathlib import Path
 import plans
 import pytest
 
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.load import load_cluster, load_job
 
 

@@ -19,7 +19,8 @@ import pytest
 from dtrain import runs
 from dtrain.checkpoint import store
 from dtrain.machine import probe
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
 from dtrain.runtime import zygote
 from dtrain.runtime.hosts import EmbeddedHost
 from dtrain.spec import load

@@ -202,7 +202,7 @@ def cluster_file(values: Values, folder: Path, namespace: str | None = None) -> 
 def run_objects(cluster: Path, run_id: str = "gpt_small-k3f9", backend: Values | None = None) -> list[Object]:
     """What dtrain itself would send for a run with this cluster file, other options of its backend laid over."""
     from dtrain.backends import kuberay
-    from dtrain.plan import make_plan
+    from dtrain.planning import make_plan
     from dtrain.spec import load
 
     if backend:

@@ -6,7 +6,7 @@ import crd_schema
 import yaml
 
 from dtrain.backends import kuberay
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.document import parse
 from dtrain.spec.load import cluster_of, load_job
 

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from api_server import ApiServer
+from msgspec.structs import replace
 
 from dtrain import runs
 from dtrain.backends import kuberay
 from dtrain.kubernetes import names
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.load import load_cluster, load_job
 
 ROOT = Path(__file__).parents[2]
@@ -33,14 +35,14 @@ storage: {folder}/runs
 def some_options(**words: Any) -> kuberay.Options:
     machine = {"cores": 4, "memory_gib": 16, **words.pop("machine", {})}
     known = {"image": "dtrain:test", "namespace": "dtrain", "termination_grace_s": 1, "pending_deadline_s": 20}
-    return kuberay.Options.model_validate({"machine": machine, **known, **words})
+    return convert({"machine": machine, **known, **words}, kuberay.Options)
 
 
 def submission(run_id: str = "gpt_small-k3f9", **words: Any) -> kuberay.Submission:
     """A shipped job, planned and rendered for the server's namespace."""
     cluster = load_cluster(ROOT / "clusters" / "kind.yaml")
-    backend = cluster.backend.model_copy(update={"namespace": "dtrain", "context": None, **words})
-    plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), cluster.model_copy(update={"backend": backend}))
+    backend = replace(cluster.backend, **{"namespace": "dtrain", "context": None, **words})
+    plan = make_plan(load_job(ROOT / "jobs" / "gpt_small.yaml"), replace(cluster, backend=backend))
     return kuberay.render(plan, Path(plan.storage) / run_id)
 
 

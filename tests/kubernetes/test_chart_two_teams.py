@@ -5,10 +5,11 @@ from pathlib import Path
 
 from api_server import ApiServer
 from chart import JOBS, Values, cluster_file
+from msgspec.structs import replace
 from test_chart_rights_in_use import supervisor_rights, user_with
 
 from dtrain import runs, supervise
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec import load
 from dtrain.spec.cluster import ClusterSpec
 
@@ -17,8 +18,8 @@ LONG_AGO_S = 1000.0
 
 def _cluster(values: Values, folder: Path, namespace: str, kubeconfig: str) -> ClusterSpec:
     cluster = load.load_cluster(cluster_file(values, folder, namespace))
-    backend = cluster.backend.model_copy(update={"kubeconfig": kubeconfig})
-    return cluster.model_copy(update={"backend": backend})
+    backend = replace(cluster.backend, kubeconfig=kubeconfig)
+    return replace(cluster, backend=backend)
 
 
 def test_a_supervisor_leaves_the_runs_of_another_team_alone(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from dtrain.backends import kuberay
 from dtrain.errors import InputError
 from dtrain.machine import Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.load import load_cluster, load_job
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,6 +7,7 @@ import sys
 import crd_schema
 import pytest
 import yaml
+from msgspec.structs import replace
 from rendering import ROOT, a_cluster, a_plan, group_of, parts, sent
 
 from dtrain.backends import kuberay
@@ -49,10 +50,10 @@ def test_everything_of_a_run_can_be_found_by_its_label_and_its_pods_too():
 
 def test_a_plan_that_differs_is_told_apart_by_its_hash():
     plan = a_plan()
-    other = plan.model_copy(update={"name": "another"})
+    other = replace(plan, name="another")
     of = [kuberay.render(p, "gpt_small-k3f9").objects[0]["metadata"]["annotations"][names.PLAN] for p in (plan, other)]
     assert of[0] != of[1]
-    again = read_plan(plan.to_json())
+    again = read_plan(plan.to_json().encode(), "plan.json")
     assert kuberay.render(again, "gpt_small-k3f9") == kuberay.render(plan, "gpt_small-k3f9")
 
 
@@ -327,7 +328,7 @@ def test_two_renders_are_the_same_bytes_and_open_nothing():
     """In processes whose hashes differ, without a connection and without what one would be made with."""
     code = (
         "import os, sys; from pathlib import Path; from dtrain.backends import kuberay\n"
-        "from dtrain.plan import make_plan; from dtrain.spec.load import load_cluster, load_job\n"
+        "from dtrain.planning import make_plan; from dtrain.spec.load import load_cluster, load_job\n"
         "sys.addaudithook(lambda event, _: event.startswith('socket.') and os._exit(9))\n"
         "plan = make_plan(load_job('jobs/gpt_7b_zero3.yaml'), load_cluster('clusters/eks_p5.yaml'))\n"
         "print(kuberay.render(plan, Path('gpt_7b_zero3-k3f9')).text())\n"

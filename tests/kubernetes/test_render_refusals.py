@@ -8,7 +8,7 @@ from rendering import GPUS, ROOT, a_cluster, a_plan
 from dtrain.backends import kuberay
 from dtrain.errors import InputError
 from dtrain.machine import Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.job import JobSpec
 from dtrain.spec.load import load_cluster, load_job
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import replay
 from api_server import ApiServer
+from msgspec.structs import replace
 from submitting import operator, some_options, submission
 
 from dtrain.backends import kuberay
@@ -253,7 +254,7 @@ def test_a_trial_tells_what_is_refused(api: ApiServer, options: kuberay.Options,
     sent = submission()
     job = {**sent.objects[0], "spec": {**sent.objects[0]["spec"], "preRunningDeadlineSeconds": 0}}
     with pytest.raises(ClusterError, match="preRunningDeadlineSeconds in body should be greater than or equal to 1"):
-        kuberay.check(sent.model_copy(update={"objects": (job, *sent.objects[1:])}), options)
+        kuberay.check(replace(sent, objects=(job, *sent.objects[1:])), options)
 
 
 # -- look --------------------------------------------------------------------------------------------------------

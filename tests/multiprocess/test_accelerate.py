@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from msgspec.structs import replace
 from test_deepspeed import MADE, SUMS, goes_on, whole
 from world import Cell, Keeper, RankError, Ranks, Trained, assert_same, make_training
 
@@ -50,7 +51,7 @@ def test_accelerate_equals_one_process(name, engine, options, ranks):
 def test_averages_are_evaluated_and_training_goes_on_unharmed(engine, ranks):
     cell = cell_of("Transformer", engine, train={"ema": 0.9})
     plan = cell.plan()
-    often = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every_steps": 2})})
+    often = replace(plan, evaluate=replace(plan.evaluate, every_steps=2))
     found = ranks.run(goes_on, 2, often.to_json(), cell.shape, cell.task)
     assert_same(Trained(whole(found), found[0][1], found[0][2], []), ranks.alone(cell), SUMS)
 

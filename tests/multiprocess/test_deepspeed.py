@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from msgspec.structs import replace
 from torch import nn
 from world import (
     TRANSFORMER,
@@ -239,7 +240,7 @@ def test_averages_are_evaluated_and_training_goes_on_unharmed(stage, ranks):
     """The average takes the place of the weights in all workers' networks, several times, and gives it back."""
     cell = cell_of("Transformer", stage=stage, keep_below=0, train={"ema": 0.9})
     plan = cell.plan()
-    often = plan.model_copy(update={"evaluate": plan.evaluate.model_copy(update={"every_steps": 2})})
+    often = replace(plan, evaluate=replace(plan.evaluate, every_steps=2))
     found = ranks.run(goes_on, 2, often.to_json(), cell.shape, cell.task)
     trained = Trained(whole(found), found[0][1], found[0][2], [])
     alone = ranks.alone(cell)

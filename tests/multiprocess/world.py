@@ -28,7 +28,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ import numpy as np
 from dtrain import component
 from dtrain.data import DataShape
 from dtrain.machine import Machine
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import JobSpec
 
@@ -90,22 +92,22 @@ class Cell:
 
     def plan(self) -> Plan:
         """As `dtrain plan` makes it. Raises `InputError` for what is refused."""
-        from dtrain.data import text
-
         shape = self.shape if self.task is None else TOKENS
-        workers = ClusterSpec.model_validate(
+        workers = convert(
             {
                 "name": "ranks",
                 "backend": {"name": "local"},
                 "device": "cpu",
                 "nodes": self.num_nodes,
                 "workers_per_node": self.num_workers // self.num_nodes,
-            }
+            },
+            ClusterSpec,
         )
         job: dict[str, Any] = {
             "name": "cell",
             "model": dict(self.model),
-            "data": {"name": "text"},
+            # What the model is told of its data; the ranks make some of this shape themselves.
+            "data": {"name": "custom", "open": f"{__file__}:Source", "shape": asdict(shape)},
             "batch": {"global": self.global_size, "micro": None},
             "optimizer": dict(self.optimizer),
             "schedule": {"name": "constant"},
@@ -116,12 +118,10 @@ class Cell:
         # As many cores as workers, so that each computes with one thread: two that wait for each other on one core
         # take a hundred times as long.
         machine = Machine(num_cores=self.num_workers // self.num_nodes, memory_gib=8.0)
-        # The words of the job are those of text; what the model is told of its data is the cell's shape.
-        with mock.patch.object(text, "describe", lambda options: shape):
-            readers = make_plan(JobSpec.model_validate(job), workers, machine).batch
-            num_readers = readers.global_size // (readers.micro * readers.accumulation)
-            job["batch"]["micro"] = self.global_size // (self.accumulation * num_readers)
-            return make_plan(JobSpec.model_validate(job), workers, machine)
+        readers = make_plan(convert(job, JobSpec), workers, machine).batch
+        num_readers = readers.global_size // (readers.micro * readers.accumulation)
+        job["batch"]["micro"] = self.global_size // (self.accumulation * num_readers)
+        return make_plan(convert(job, JobSpec), workers, machine)
 
 
 @dataclass(frozen=True)

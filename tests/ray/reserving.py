@@ -11,8 +11,9 @@ import ray
 from ray.cluster_utils import Cluster
 
 from dtrain.machine import Gpu, Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.runtime.reservation import Reservation
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.load import load_job
 
@@ -20,7 +21,7 @@ from dtrain.spec.load import load_job
 def main(storage: Path) -> None:
     machine = Machine(num_cores=8, memory_gib=64.0, gpus=(Gpu("H200", 141.0),) * 4)
     words = {"name": "four", "backend": {"name": "local"}, "workers_per_node": 2, "device": "gpu"}
-    place = ClusterSpec.model_validate({**words, "storage": str(storage)})
+    place = convert({**words, "storage": str(storage)}, ClusterSpec)
     plan = make_plan(load_job(Path(__file__).parent / "job.yaml", []), place, machine)
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "num_gpus": 4, "include_dashboard": False})
     try:

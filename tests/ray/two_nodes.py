@@ -12,7 +12,8 @@ from ray.cluster_utils import Cluster
 
 from dtrain import runs
 from dtrain.machine import Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.load import load_job
 
@@ -23,7 +24,7 @@ def main(storage: Path, settings: list[str]) -> int:
         cluster.add_node(num_cpus=1)
     cluster.wait_for_nodes()
     words = {"name": "two", "backend": {"name": "local"}, "nodes": 2, "workers_per_node": 1, "device": "cpu"}
-    place = ClusterSpec.model_validate({**words, "storage": str(storage)})
+    place = convert({**words, "storage": str(storage)}, ClusterSpec)
     job = load_job(Path(__file__).parent / "job.yaml", ["train.steps=3000", "checkpoint.every_steps=500", *settings])
     run = runs.create(make_plan(job, place, Machine(num_cores=1, memory_gib=4.0)), "")
     print(run.path, flush=True)

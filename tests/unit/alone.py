@@ -10,7 +10,8 @@ import torch
 
 from dtrain import component
 from dtrain.machine import Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.load import load_job
 from dtrain.training import loop
@@ -55,7 +56,7 @@ def train(job: str, cache: Path, *overrides: str) -> tuple[loop.Training, Keeper
 
     The networks are left in evaluation mode, with the average of their weights where one was kept.
     """
-    cluster = ClusterSpec.model_validate({"name": "local", "backend": {"name": "local"}, "storage": str(cache)})
+    cluster = convert({"name": "local", "backend": {"name": "local"}, "storage": str(cache)}, ClusterSpec)
     plan = make_plan(load_job(JOBS / f"{job}.yaml", list(overrides)), cluster, ONE_CORE)
     data, model, strategy = (
         component.load(folder, chosen.name)

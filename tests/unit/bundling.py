@@ -9,7 +9,9 @@ from typing import Any
 from making import TWO_CORES, a_cluster
 
 from dtrain import bundle
-from dtrain.plan import AnyPlan, Plan, ScriptPlan, make_plan
+from dtrain.plan import AnyPlan, Plan, ScriptPlan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.job import JobSpec, ScriptSpec
 from dtrain.storage import Storage
 
@@ -50,12 +52,12 @@ def a_plan_of(folder: Path, model: Any = "./task.py:build", data: Any = None) ->
         "optimizer": {"name": "adamw", "lr": 1e-3},
         "train": {"steps": 10},
     }
-    return make_plan(JobSpec.model_validate(asked), a_cluster(), TWO_CORES, folder)
+    return make_plan(convert(asked, JobSpec), a_cluster(), TWO_CORES, folder)
 
 
 def a_script_plan(folder: Path, **entrypoint: Any) -> ScriptPlan:
     """The plan of a job file in `folder` that names a script."""
-    job = ScriptSpec.model_validate({"name": "mine", "entrypoint": {"script": "train.py", **entrypoint}})
+    job = convert({"name": "mine", "entrypoint": {"script": "train.py", **entrypoint}}, ScriptSpec)
     return make_plan(job, a_cluster(), TWO_CORES, folder)
 
 

@@ -5,7 +5,9 @@ from typing import Any
 
 from dtrain import runs
 from dtrain.machine import Gpu, Machine
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.cluster import ClusterSpec
 from dtrain.spec.job import JobSpec
 
@@ -25,11 +27,11 @@ def a_job(**changes: Any) -> JobSpec:
     }
     for key, value in changes.items():
         asked[key] = {**asked[key], **value} if isinstance(value, dict) and key in asked else value
-    return JobSpec.model_validate(asked)
+    return convert(asked, JobSpec)
 
 
 def a_cluster(**changes: Any) -> ClusterSpec:
-    return ClusterSpec.model_validate({"name": "local", "backend": {"name": "local"}, **changes})
+    return convert({"name": "local", "backend": {"name": "local"}, **changes}, ClusterSpec)
 
 
 def a_plan(storage: Path | str = "runs", machine: Machine = TWO_CORES, **changes: Any) -> Plan:

@@ -181,7 +181,7 @@ def test_a_process_that_a_worker_started_knows_its_run(tmp_path: Path, monkeypat
 
 def test_dtrain_is_light_until_it_is_used() -> None:
     code = "import sys, dtrain; dtrain.current_run().report; print(*sorted(m for m in sys.modules if m in {0}))"
-    heavy = ("torch", "numpy", "ray", "pydantic", "yaml", "rich", "click")
+    heavy = ("torch", "numpy", "ray", "msgspec", "yaml", "rich", "click")
     done = subprocess.run(
         [sys.executable, "-c", code.format(heavy)], capture_output=True, text=True, check=True, timeout=60
     )

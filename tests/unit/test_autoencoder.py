@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+from msgspec import ValidationError
 from torch.distributions import Normal, kl_divergence
 
 from dtrain.data import DataShape
@@ -219,9 +219,9 @@ def test_blocks_are_the_stages() -> None:
 @pytest.mark.parametrize(
     ("words", "match"),
     [
-        ({"latent_size": 0}, "greater than 0"),
-        ({"variational": False, "kl_weight": 1.0}, "leave it out, or set variational: true"),
-        ({"beta": 3}, "Extra inputs"),
+        ({"latent_size": 0}, "`int` >= 1.*latent_size"),
+        ({"variational": False, "kl_weight": 2.0}, "leave it out, or set variational: true"),
+        ({"beta": 3}, "unknown field `beta`"),
     ],
 )
 def test_options_that_cannot_be_are_refused(words: dict[str, object], match: str) -> None:

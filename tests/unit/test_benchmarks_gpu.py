@@ -11,7 +11,8 @@ from alone import Keeper
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # as `python -m tests.benchmarks` finds itself
 
 from dtrain.machine import Gpu, Machine, probe
-from dtrain.plan import Plan, make_plan
+from dtrain.plan import Plan
+from dtrain.planning import make_plan
 from dtrain.runtime import rank
 from dtrain.spec import load
 from dtrain.training import loop

@@ -130,6 +130,14 @@ def test_modes_links_and_odd_names_arrive_as_they_were(tmp_path: Path) -> None:
     assert (here / odd).read_text() == "odd"
 
 
+def test_a_damaged_word_of_where_the_code_is_is_named(tmp_path: Path) -> None:
+    plan, storage = a_script_plan(write(tmp_path / "client", {"train.py": ""})), at(str(tmp_path / "storage"))
+    ship(storage, "mine-1", plan)
+    storage.write("mine-1/code.json", b'{"digest": ')
+    with pytest.raises(StorageError, match=r"mine-1/code\.json is damaged"):
+        bundle.arrive(storage, "mine-1", plan, tmp_path / "node")
+
+
 def test_many_processes_of_a_node_may_fetch_at_once(tmp_path: Path) -> None:
     root = write(tmp_path / "client", {"train.py": "", **{f"f{n}.py": "x" * n for n in range(200)}})
     storage = at(str(tmp_path / "storage"))

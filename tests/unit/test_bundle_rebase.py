@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from bundling import TASK, a_plan_of, a_script_plan, write
 from making import a_plan
+from msgspec import to_builtins
+from msgspec.structs import replace
 
 from dtrain.bundle import rebase
 
@@ -20,7 +22,7 @@ def test_nothing_but_the_paths_of_ones_own_code_changes(tmp_path: Path) -> None:
         {"name": "custom", "open": "./my_data.py:open_data", "options": options, "path": ".."},
     )
     moved = rebase(plan, str(root), NEW)
-    before, after = plan.model_dump(), moved.model_dump()
+    before, after = to_builtins(plan), to_builtins(moved)
     assert after["model"] == {**before["model"], "build": f"{NEW}/task.py:build", "path": f"{NEW}/sub"}
     assert after["data"] == {**before["data"], "open": f"{NEW}/sub/my_data.py:open_data", "path": NEW}
     assert after["model"]["options"] == after["data"]["options"] == options
@@ -37,7 +39,7 @@ def test_a_script_is_moved_and_its_arguments_are_its_own(tmp_path: Path, monkeyp
     given = {"args": ["--data", f"{root}/data", 3], "environment": {"WHERE": str(root)}}
     plan = a_script_plan(root, script="src/train.py", **given)
     moved = rebase(plan, str(root), NEW)
-    assert moved.entrypoint == plan.entrypoint.model_copy(update={"script": f"{NEW}/src/train.py"})
+    assert moved.entrypoint == replace(plan.entrypoint, script=f"{NEW}/src/train.py")
     assert moved.folder == f"{NEW}/configs"
     assert rebase(plan, str(root), NEW, lambda path: path != f"{NEW}/configs").folder == NEW  # an empty one, perhaps
     monkeypatch.chdir(tmp_path)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from making import FOUR_GPUS, TWO_CORES, a_plan
+from msgspec.structs import replace
 
 from dtrain.models import Task
 from dtrain.strategies.engine import restructure
@@ -31,5 +32,5 @@ def test_algorithms_are_tried_on_gpus_unless_the_same_ones_are_wanted(machine, i
 @pytest.mark.parametrize("section", ["model", "data"])
 def test_what_users_wrote_may_have_other_shapes_in_every_step(section, setting):
     plan = a_plan(machine=FOUR_GPUS)
-    restructure(Task({}), plan.model_copy(update={section: SimpleNamespace(name="custom")}))
+    restructure(Task({}), replace(plan, **{section: SimpleNamespace(name="custom")}))
     assert not torch.backends.cudnn.benchmark

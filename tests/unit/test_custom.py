@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from making import TWO_CORES, a_cluster
+from msgspec.structs import replace
 from torch import nn
 
 import dtrain
@@ -17,7 +18,8 @@ from dtrain import code
 from dtrain.data import DataShape, custom
 from dtrain.errors import InputError, TrainingError
 from dtrain.models import custom as model
-from dtrain.plan import Plan, ScriptPlan, make_plan, read_plan
+from dtrain.plan import Plan, ScriptPlan, read_plan
+from dtrain.planning import make_plan
 from dtrain.runtime.rank import text_of
 from dtrain.spec.job import Train
 from dtrain.spec.load import load_job, located
@@ -80,7 +82,7 @@ def test_a_short_form_is_the_long_one(folder: Path) -> None:
     long = {"model": "{name: custom, build: task.py:build}", "data": "{name: custom, open: task.py:open_data}"}
     (folder / "job.yaml").write_text(JOB.format(**long))
     assert plan(folder) == short
-    assert read_plan(short.to_json()) == short
+    assert read_plan(short.to_json().encode(), "plan.json") == short
     assert plan(folder, "model=./task.py:build", "model.options.width=7").model.options == {"width": 7}
 
 
@@ -357,7 +359,7 @@ def test_a_fingerprint_changes_with_the_numbers(folder: Path) -> None:
 
 
 def test_the_shape_is_the_one_of_all_data() -> None:
-    assert set(custom.Shape.model_fields) == {field.name for field in fields(DataShape)}
+    assert set(custom.Shape.__struct_fields__) == {field.name for field in fields(DataShape)}
     shaped = custom.Options(open="a.py:b", shape={"kind": "table", "num_features": 4, "num_classes": 2})
     assert custom.describe(shaped) == DataShape("table", num_features=4, num_classes=2)
 
@@ -378,7 +380,7 @@ def test_a_script_is_planned(folder: Path) -> None:
     assert made.entrypoint.script == str(folder / "task.py")
     assert made.entrypoint.args == ("--lr", "1e-3", "--n", "4"), "as they are written"
     assert (made.workers.total, made.num_steps) == (2, 0)
-    assert read_plan(made.to_json()) == made
+    assert read_plan(made.to_json().encode(), "plan.json") == made
     assert list(made.code) == [str(folder / "task.py")]
 
 
@@ -480,7 +482,7 @@ def test_a_script_run_is_shown_without_an_end_to_its_steps(folder: Path) -> None
     assert "my figure 0.1250" in said(follow.Text("  ".join(map(" ".join, follow.training_figures(line)))))
     assert "my figure" in said(tables.metrics(run.metrics(), True)).splitlines()[0]
     assert "/" not in said(tables.ps([run], 120)).replace("steps/s", "")
-    ended = attempt.model_copy(update={"ended_at": 3.0, "last_step": 20})
+    ended = replace(attempt, ended_at=3.0, last_step=20)
     record = run.update(state="succeeded", attempts=(ended,), outcome={"steps": 20, "metrics": {}}, ended_at=3.0)
     assert "to 20" in said(tables.status(run))
     assert "20 steps reported" in said(outcome.show(run, record))

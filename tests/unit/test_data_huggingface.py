@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec import ValidationError
 from PIL import Image
-from pydantic import ValidationError
 
 from dtrain.data import DataShape, huggingface, order
 from dtrain.data.huggingface import Options

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec import ValidationError
 from PIL import Image
-from pydantic import ValidationError
 
-from dtrain.data import DataShape, images, pictures, pixels
+from dtrain.data import DataShape, images, picture_sets, pixels
 from dtrain.data.augmentation import Augmentation, flip_and_crop, parts
 from dtrain.data.chance import uniform
 from dtrain.data.images import Options
@@ -85,7 +85,7 @@ def test_digits_are_scikit_learns(tmp_path: Path) -> None:
     from sklearn.datasets import load_digits
 
     expected = load_digits()
-    found = pictures.digits(pictures.digits_file()).train
+    found = picture_sets.digits(picture_sets.digits_file()).train
     assert (found.labels == expected.target).all()
     pixels = found.fitted(range(1797), 8, 1, 1.0)[..., 0]
     assert (pixels == np.round(expected.images * 255 / 16)).all()

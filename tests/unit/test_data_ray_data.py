@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
+from msgspec import ValidationError
 
 from dtrain.data import DataShape, ray_data
 from dtrain.data.ray_data import Options

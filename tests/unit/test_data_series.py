@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pydantic import ValidationError
+from msgspec import ValidationError
 
 from dtrain.data import DataShape, series
 from dtrain.data.order import draws

@@ -15,7 +15,8 @@ from making import FOUR_GPUS, TWO_CORES, a_cluster
 
 from dtrain.data.order import Order
 from dtrain.errors import InputError
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert
 from dtrain.spec.job import JobSpec, Loading
 from dtrain.training.feed import Feed
 from dtrain.training.loading import TRAIN, LoaderLost, Loaders
@@ -244,7 +245,7 @@ def resolved(machine, data, **loading):
         "optimizer": {"name": "sgd", "lr": 0.1},
         "train": {"steps": 1, "loading": loading},
     }
-    plan = make_plan(JobSpec.model_validate(asked), a_cluster(), machine)
+    plan = make_plan(convert(asked, JobSpec), a_cluster(), machine)
     return plan.train.loading, [note for note in plan.notes if "loading" in note]
 
 

@@ -7,7 +7,8 @@ from dtrain import footprint
 from dtrain.errors import InputError
 from dtrain.machine import Gpu, Machine
 from dtrain.models import ModelSize
-from dtrain.plan import Workers, make_plan
+from dtrain.plan import Workers
+from dtrain.planning import make_plan
 
 H100 = Machine(num_cores=192, memory_gib=2048.0, gpus=(Gpu("H100", 80.0),) * 8)
 SEVEN_BILLION = ModelSize(num_parameters=7_500_000_000, flops_per_sample=0, activation_bytes_per_sample=0)

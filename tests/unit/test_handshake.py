@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 from bundling import TASK, a_plan_of, a_script_plan, write
 from making import FOUR_GPUS, TWO_CORES, a_cluster, a_job, a_plan
+from msgspec import to_builtins
 
 import dtrain
 from dtrain import handshake
-from dtrain.errors import ClusterError
+from dtrain.errors import ClusterError, StorageError
 from dtrain.handshake import Versions, compare
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
+from dtrain.settings import convert, from_json
 from dtrain.spec.job import JobSpec
 from dtrain.storage import at
 
@@ -109,9 +111,9 @@ def test_data_and_models_of_other_libraries_ask_for_them(tmp_path: Path) -> None
     shape = {"vocab_size": 4096, "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 512}
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], **shape}
     write(tmp_path, {"model/config.json": json.dumps(config), "task.py": TASK})
-    asked = a_job().model_dump(by_alias=True, mode="json")
+    asked = to_builtins(a_job())
     asked["model"] = {"name": "pretrained", "source": str(tmp_path / "model"), "lora": {"rank": 2}}
-    plan = make_plan(JobSpec.model_validate(asked), a_cluster(), TWO_CORES, tmp_path)
+    plan = make_plan(convert(asked, JobSpec), a_cluster(), TWO_CORES, tmp_path)
     assert set(said(having(), having(), plan)) == {"transformers", "peft"}
     rows = a_plan_of(tmp_path, data={"name": "huggingface", "source": "rows", "samples": {"name": "tokens"}})
     assert set(said(having(), having(), rows)) == {"datasets"}
@@ -164,15 +166,27 @@ def test_another_dtrain_is_named_before_its_plan_is_read_which_may_have_other_wo
     ]
 
 
+@pytest.mark.parametrize("name", ["plan.json", "versions.json"])
+@pytest.mark.parametrize("data", [b'{"format": 1, ', b"[]", b"\xff", b'{"python": 3}'])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str, data: bytes) -> None:
+    storage = at(str(tmp_path))
+    storage.write("tiny-1/plan.json", a_plan().to_json().encode())
+    handshake.record(storage, "tiny-1")
+    storage.write(f"tiny-1/{name}", data)
+    with pytest.raises(StorageError, match=f"{tmp_path}/tiny-1/{name} is damaged"):
+        handshake.check(storage, "tiny-1")
+
+
 def test_this_python_is_read_without_importing_what_is_heavy() -> None:
     words = (
-        "import sys; from dtrain import handshake; print(handshake.mine().model_dump_json());"
+        "import sys; from dtrain import handshake, settings;"
+        "print(settings.to_json(handshake.mine()).replace(chr(10), chr(32)));"
         "print({'torch', 'ray', 'deepspeed'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, timeout=60, check=True)
     first, second = done.stdout.splitlines()
     assert second == "set()"
-    assert Versions.model_validate_json(first) == handshake.mine()
+    assert from_json(first, Versions) == handshake.mine()
     assert handshake.mine().dtrain == dtrain.__version__
     assert handshake.mine().packages["torch"]
 

@@ -15,7 +15,7 @@ from dtrain.data import custom
 from dtrain.errors import InputError
 from dtrain.models import Request, Task
 from dtrain.models import custom as model
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.spec.load import load_job
 
 

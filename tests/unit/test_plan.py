@@ -8,11 +8,11 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from making import FOUR_GPUS, TWO_CORES, a_cluster, a_job, a_plan
-from pydantic import ValidationError
 
 from dtrain.errors import InputError
 from dtrain.machine import Gpu, Machine
-from dtrain.plan import BatchArithmetic, Plan, make_plan
+from dtrain.plan import BatchArithmetic, Plan
+from dtrain.planning import make_plan
 
 MACHINES = st.builds(
     Machine,
@@ -133,7 +133,7 @@ def test_a_plan_goes_through_json_unchanged(machine, global_size, precision):
 
 def test_a_plan_cannot_be_changed():
     plan = a_plan()
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(AttributeError, match="immutable"):
         plan.name = "other"
 
 

@@ -18,6 +18,7 @@ from dtrain.data import DataShape, text, tokens
 from dtrain.errors import InputError
 from dtrain.models import Phase, Request, pretrained
 from dtrain.models.pretrained import Lora, Options
+from dtrain.settings import convert
 from dtrain.spec.job import AdamW, Train
 from dtrain.strategies import ddp
 from dtrain.training.optim import build_optimizer
@@ -123,7 +124,7 @@ def test_the_count_is_that_of_the_built_network(name, data, models):
     ],
 )
 def test_the_count_of_what_is_trained_and_what_is_frozen(name, options, models):
-    size = pretrained.describe(Options.model_validate({"source": models[name], **options}), TOKENS)
+    size = pretrained.describe(convert({"source": models[name], **options}, Options), TOKENS)
     network = built(models[name], **options).parts["model"]
     assert size.num_parameters == sum(p.numel() for p in network.parameters() if p.requires_grad) > 0
     assert size.num_frozen == sum(p.numel() for p in network.parameters() if not p.requires_grad) > 0
@@ -490,7 +491,7 @@ def corpus(tmp_path_factory):
 def source_of(corpus, tokenizer_file, cache, **options):
     tokenizer = {"name": "file", "path": str(tokenizer_file), "vocab_size": 300}
     asked = {"source": str(corpus), "tokenizer": tokenizer, "sequence_length": 16, "held_out": 0.25, **options}
-    return text.open(text.Options.model_validate(asked), cache)
+    return text.open(convert(asked, text.Options), cache)
 
 
 def test_a_models_own_tokenizer(corpus, tokenizer_file, tmp_path):

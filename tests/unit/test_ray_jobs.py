@@ -16,7 +16,7 @@ from dtrain import api, runs
 from dtrain.backends import ray_jobs
 from dtrain.cli import cli
 from dtrain.errors import ClusterError, InputError
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.view import cluster
 
 Answer = tuple[int, Any] | None

@@ -210,7 +210,7 @@ def test_one_unreadable_record_hides_no_other_run(tmp_path):
     (bad.path / "run.json").write_text("{")
     assert {r.id for r in runs.list_runs(tmp_path)} == {"tiny-aaaa", "tiny-bbbb"}
     assert runs.find(tmp_path, None).id == good.id
-    with pytest.raises(StorageError, match="not the record of a run"):
+    with pytest.raises(StorageError, match=r"run\.json is damaged"):
         _ = bad.record
 
 

@@ -12,11 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from making import TWO_CORES, a_cluster, a_job
+from msgspec.structs import replace
 from s3_server import Status
 
 from dtrain import api, bundle, handshake, runs
 from dtrain.errors import InputError, RetriesExhausted, StorageError
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.runs import away
 from dtrain.runs.away import RemoteRun
 from dtrain.runs.growing import PIECE_BYTES, Growing, piece
@@ -25,6 +26,7 @@ from dtrain.runtime import remote
 from dtrain.runtime.carrier import MAX_ECHO, Carrier
 from dtrain.runtime.on_node import OnNode
 from dtrain.runtime.remote import OnHead
+from dtrain.settings import to_json
 from dtrain.storage import Conflict, at
 from dtrain.storage.fencing import Fenced
 from dtrain.storage.lease import Lease, standing
@@ -77,14 +79,14 @@ def test_what_is_no_run_is_not_listed_and_one_unreadable_record_hides_no_other(p
     at(place).write("code/0123.tar.gz", b"code")
     at(place).write("tiny-bbbb/run.json", b"{")
     assert [run.id for run in runs.list_runs(place)] == [bad.id, good.id]
-    with pytest.raises(StorageError, match="not the record of a run"):
+    with pytest.raises(StorageError, match=r"run\.json is damaged"):
         _ = everybody(bad).record
 
 
 def test_a_listing_asks_for_every_record_once(s3, place):
     record = a_run(place).stored_record()
     names = [f"tiny-{number:04d}" for number in range(39)]
-    texts = {name: record.model_copy(update={"id": name}).model_dump_json().encode() for name in names}
+    texts = {name: to_json(replace(record, id=name)).encode() for name in names}
     s3.put({f"team/runs/{name}/run.json": text for name, text in texts.items()})
     s3.requests.clear()
     listed = runs.list_runs(place)
@@ -398,7 +400,7 @@ def test_a_driver_that_cannot_begin_gives_the_run_up_and_says_why_in_it(place, t
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     run = a_run(place)
     lost = bundle.Shipped(digest="0" * 64, root="/gone", num_files=1, total_bytes=1)
-    run.storage.write(f"{run.id}/code.json", lost.model_dump_json().encode())
+    run.storage.write(f"{run.id}/code.json", to_json(lost).encode())
     assert remote.main(["--storage", place, "--run", run.id]) == 6
     assert (run.record.state, run.record.exit_code) == ("failed", 6)
     assert "the code of this run is gone" in run.record.cause
@@ -476,7 +478,7 @@ def test_a_run_whose_driver_is_dead_is_put_back_at_once_and_the_dead_writes_noth
     assert (record.attempts[0].cause, record.attempts[0].last_step) == ("its node was lost", 7)
     assert [e["message"] for e in run.events() if e["event"] == "driver-lost"]
     with pytest.raises(StorageError, match="newer owner"):
-        driver.fenced_write("run.json", record.model_copy(update={"state": "succeeded"}).model_dump_json().encode())
+        driver.fenced_write("run.json", to_json(replace(record, state="succeeded")).encode())
     assert run.record.state == "queued"
     everybody(run).end_dead(RetriesExhausted("that was the last one"))
     assert (run.record.state, run.record.exit_code) == ("failed", 4)
@@ -491,8 +493,8 @@ def test_who_slept_while_somebody_else_took_the_run_does_not_write_its_record(pl
         def clear_stop(self) -> None:  # the last thing before the record
             assert self._owning is not None
             driver.acquire(succeeding=self._owning.token, renews=False)
-            under_way = run.stored_record().model_copy(update={"state": "running", "driver_pid": 2})
-            driver.fenced_write("run.json", under_way.model_dump_json().encode())
+            under_way = replace(run.stored_record(), state="running", driver_pid=2)
+            driver.fenced_write("run.json", to_json(under_way).encode())
 
     with pytest.raises(Fenced, match="belongs to a newer owner now"):
         Sleeps(run.storage, run.id).requeue("resumed")
@@ -510,7 +512,7 @@ def test_a_driver_that_began_after_its_run_was_judged_dead_keeps_the_run(place):
     with pytest.raises(StorageError, match="is already being driven, by the next driver"):
         everybody(run).put_back("its node was lost", judged_by)
     began.renew()
-    began.fenced_write("run.json", run.stored_record().model_dump_json().encode())
+    began.fenced_write("run.json", to_json(run.stored_record()).encode())
 
 
 def test_threads_that_look_at_a_run_first_copy_to_one_folder():

@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from typing import get_args, get_origin
 
 import jsonschema
 import pytest
 import yaml
+from msgspec import Meta
 
 from dtrain import component
 from dtrain.errors import InputError
@@ -80,9 +82,8 @@ def test_schema_and_reader_agree(tmp_path, change, good):
 
 def every_field(model, prefix=""):
     for key, field in words.fields(model).items():
-        annotation = words.annotation_of(field)
         yield f"{prefix}{key}", field
-        for inner in words.components(annotation).values() or filter(None, [words.model_of(annotation)]):
+        for inner in words.components(field.annotation).values() or filter(None, [words.model_of(field.annotation)]):
             yield from every_field(inner, f"{prefix}{key}.")
 
 
@@ -90,11 +91,11 @@ def every_field(model, prefix=""):
 def test_every_option_is_explained_once_and_listed(kind):
     listed = reference(kind)
     for key, field in every_field(SPECS[kind]):
-        if key.endswith(".name") and len(words.choices(words.annotation_of(field))) == 1:
+        if key.endswith(".name") and len(words.choices(field.annotation)) == 1:
             continue  # the heading of the component says it
-        assert field.description, f"{key} has no sentence beneath it"
-        assert field.description.rstrip().endswith("."), f"{key}: the help is not a sentence"
-        if words.model_of(words.annotation_of(field)) is None:
+        assert field.help, f"{key} has no sentence beneath it"
+        assert field.help.rstrip().endswith("."), f"{key}: the help is not a sentence"
+        if words.model_of(field.annotation) is None:
             assert f"| `{key}` |" in listed
     assert "any value" not in listed
 
@@ -103,3 +104,25 @@ def test_descriptions_reach_the_editor():
     schema = json_schema("job")
     assert "Optimizer steps" in json.dumps(schema["$defs"]["Train"]["properties"]["steps"])
     assert set(schema["properties"]["optimizer"]["discriminator"]["mapping"]) == {"adamw", "sgd"}
+
+
+def scalars(annotation):
+    for member in words.alternatives(annotation):
+        if get_origin(words.bare(member)) in (list, tuple, dict):
+            for inner in get_args(words.bare(member)):
+                yield from scalars(inner)
+        else:
+            yield member
+
+
+@pytest.mark.parametrize("kind", sorted(SPECS))
+def test_no_number_is_without_end_and_no_pattern_lets_a_line_end_in(kind):
+    """Infinity and what is no number pass no bound; Python's `$` would admit a name that ends with a line end."""
+    for key, field in every_field(SPECS[kind]):
+        for member in scalars(field.annotation):
+            marks = [mark for mark in get_args(member)[1:] if isinstance(mark, Meta)]
+            if words.bare(member) is float:
+                ends = [(m.gt if m.ge is None else m.ge, m.lt if m.le is None else m.le) for m in marks]
+                assert any(None not in end for end in ends), key
+            for mark in marks:
+                assert mark.pattern is None or mark.pattern.endswith((r"\Z", r"\Z)")), key

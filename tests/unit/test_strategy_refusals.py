@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from making import a_cluster, a_job
+from msgspec.structs import replace
 
 from dtrain.errors import InputError
 from dtrain.machine import Gpu, Machine
-from dtrain.plan import make_plan
+from dtrain.planning import make_plan
 from dtrain.strategies.loss_scale import INTERVAL, START, LossScale
 from dtrain.strategies.mesh import Mesh, chunk, cut
 
@@ -95,7 +96,7 @@ def test_fsdp_refuses_by_name_and_says_what_works(strategy, changes, words):
 
 def test_a_model_that_is_not_split_is_refused_under_tensor_parallelism():
     with pytest.raises(InputError, match=r"model mlp cannot be split inside of its layers; use tensor_parallel: 1"):
-        job = a_job(strategy={"name": "fsdp", "tensor_parallel": 2}).model_copy(update={"model": _mlp()})
+        job = replace(a_job(strategy={"name": "fsdp", "tensor_parallel": 2}), model=_mlp())
         component_check(job)
 
 

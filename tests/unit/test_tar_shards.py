@@ -14,6 +14,7 @@ from dtrain.data import DataShape, tar_shards, webdataset
 from dtrain.data.order import Order, draws
 from dtrain.data.webdataset import Options, describe, prepare, resolve
 from dtrain.errors import InputError, TrainingError
+from dtrain.settings import convert, from_json, to_json
 
 SIZE = 8
 
@@ -57,7 +58,7 @@ def cache(tmp_path: Path) -> Path:
 
 def options(source: object, **words: object) -> Options:
     asked = {"source": source, "num_classes": 4, "size": SIZE, "center_crop": 1.0, "mean": [0.0], "std": [1.0], **words}
-    return resolve(Options.model_validate(asked), Path("/"))
+    return resolve(convert(asked, Options), Path("/"))
 
 
 def seen(dataset: webdataset.Members) -> dict[int, int]:
@@ -189,7 +190,7 @@ def test_describing_reads_nothing() -> None:
     assert describe(asked) == DataShape("images", num_classes=4, channels=3, height=8, width=8, is_cheap=False)
     assert asked.source == ("s3://bucket/train-{000..146}.tar",)
     assert resolve(Options(source="x/*.tar", num_classes=2), Path("/jobs")).source == ("/jobs/x/*.tar",)
-    assert asked == Options.model_validate_json(asked.model_dump_json())
+    assert asked == from_json(to_json(asked), Options)
 
 
 def test_names_are_expanded() -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from msgspec import ValidationError
 
 from dtrain.data import DataShape
 from dtrain.models.language import LanguageModel
@@ -264,9 +264,9 @@ def test_a_transformer_learns() -> None:
     [
         ({"num_heads": 5}, "num_heads 5 does not divide width 16; nearest: 4"),
         ({"num_heads": 16, "positions": "rope"}, "even head width"),
-        ({"width": 0}, "greater than 0"),
-        ({"dropout": 1.0}, "less than 1"),
-        ({"heads": 2}, "Extra inputs"),
+        ({"width": 0}, "`int` >= 1.*width"),
+        ({"dropout": 1.0}, "`float` < 1.0.*dropout"),
+        ({"heads": 2}, "unknown field `heads`"),
     ],
 )
 def test_options_that_cannot_be_are_refused(words: dict[str, object], match: str) -> None:

@@ -10,6 +10,7 @@ from dtrain.data import DataShape, catalogues, translation
 from dtrain.data.order import Order
 from dtrain.data.translation import Options, TextPairs, describe, prepare, resolve
 from dtrain.errors import InputError
+from dtrain.settings import convert, from_json, to_json
 
 WORDS = ["house", "tree", "grün", "water", "stein", "日本", "light", "road", "cloud"]
 BYTES = {"tokenizer": {"name": "bytes"}, "sequence_length": 64}
@@ -36,7 +37,7 @@ def cache(tmp_path: Path) -> Path:
 
 
 def options(source: object, **words: object) -> Options:
-    return Options.model_validate({"source": source, "held_out": 0.2, **BYTES, **words})
+    return convert({"source": source, "held_out": 0.2, **BYTES, **words}, Options)
 
 
 def pairs_of(source: translation.TranslationSource, dataset: TextPairs) -> list[tuple[str, str]]:
@@ -216,4 +217,4 @@ def test_describing_and_resolving_read_nothing(tmp_path: Path) -> None:
     assert resolve(options("a.tsv"), tmp_path).source == str(tmp_path / "a.tsv")
     asked = resolve(options(["a", "b"]), tmp_path)
     assert asked.source == (str(tmp_path / "a"), str(tmp_path / "b"))
-    assert asked == Options.model_validate_json(asked.model_dump_json())
+    assert asked == from_json(to_json(asked), Options)
