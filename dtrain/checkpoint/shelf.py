@@ -1,7 +1,6 @@
 """Where the checkpoints of a run are kept: in its folder, or in a bucket with copies on this node."""
 
 import shutil
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,17 @@ class Part:
     """How many nodes write one; 1 where every node holds the whole state."""
 
 
+@dataclass(frozen=True)
+class Put:
+    """What came of writing a part."""
+
+    num_bytes: int
+    deleted: tuple[int, ...] = ()
+    """Steps of older checkpoints that the retention rule let go."""
+    refused: str = ""
+    """Why some of those are still there; they are tried again after the next one."""
+
+
 class Shelf(Protocol):
     def steps(self) -> list[int]:
         """Steps of all checkpoints that count, ascending."""
@@ -36,8 +46,8 @@ class Shelf(Protocol):
     def newest_valid(self, rejected: Callable[[str], None]) -> Found | None:
         """The newest checkpoint, on this node, whose every byte is as it was written; see `store.newest_valid`."""
 
-    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> tuple[int, list[int]]:
-        """Write a part; the first node commits the whole. Returns its size in bytes, and the steps deleted for it.
+    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> Put:
+        """Write a part; the first node commits the whole, and deletes what is not to be kept beside it.
 
         Raises `StorageError`.
         """
@@ -55,14 +65,14 @@ class FolderShelf:
     def newest_valid(self, rejected: Callable[[str], None]) -> Found | None:
         return store.newest_valid(self._folder, rejected)
 
-    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> tuple[int, list[int]]:
+    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> Put:
         if part.node:
-            return store.write_part(store.part_of(self._folder, part.step, part.node, part.attempt), state), []
+            return Put(store.write_part(store.part_of(self._folder, part.step, part.node, part.attempt), state))
         others = range(1, part.num_nodes)
         parts = [store.part_of(self._folder, part.step, other, part.attempt) for other in others]
         store.await_parts(parts, PARTS_TIMEOUT_S)
         size = store.write(self._folder, part.step, state, facts, parts)
-        return size, store.prune(self._folder, keep)
+        return _pruned(size, lambda: store.prune(self._folder, keep))
 
 
 class RemoteShelf:
@@ -84,7 +94,7 @@ class RemoteShelf:
         self._drop_copies(but=found[0].name if found else "")
         return found
 
-    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> tuple[int, list[int]]:
+    def put(self, part: Part, state: State, facts: Mapping[str, Any], keep: Keep) -> Put:
         from dtrain.checkpoint import remote
 
         where = self._storage, self._run_id
@@ -93,30 +103,18 @@ class RemoteShelf:
             path = store.path_of(self._folder, part.step)
             self._drop_copies(but=path.name)
             size = remote.publish(*where, path, self._token, part.attempt)
-            return size, self._prune(keep)
+            return _pruned(size, lambda: remote.prune(*where, keep, self._token))
         path = store.part_of(self._folder, part.step, part.node, part.attempt)
         try:
             size = store.write_part(path, state)
             remote.publish_part(*where, path, part.step, part.node, self._token, part.attempt)
             if part.node:
-                return size, []
+                return Put(size)
             asked = part.step, part.num_nodes, self._token, part.attempt
             size = remote.commit_parts(*where, *asked, facts, PARTS_TIMEOUT_S)
-            return size, self._prune(keep)
+            return _pruned(size, lambda: remote.prune(*where, keep, self._token))
         finally:
             shutil.rmtree(path, ignore_errors=True)
-
-    def _prune(self, keep: Keep) -> list[int]:
-        """What storage does not delete now stays for the next time: the checkpoint just written counts all the same."""
-        from dtrain.checkpoint import remote
-
-        try:
-            return remote.prune(self._storage, self._run_id, keep, self._token)
-        except Fenced:
-            raise
-        except StorageError as error:
-            print(f"older checkpoints were not deleted: {error.message}", file=sys.stderr, flush=True)
-            return []
 
     def _drop_copies(self, but: str) -> None:
         for copy in self._folder.glob("step-*"):
@@ -129,3 +127,13 @@ def of(folder: Path, away: Mapping[str, Any] | None) -> Shelf:
     if away is None:
         return FolderShelf(folder)
     return RemoteShelf(folder, away["storage"], away["run"], away["token"])
+
+
+def _pruned(num_bytes: int, prune: Callable[[], list[int]]) -> Put:
+    """What storage does not delete now stays for the next time: the checkpoint just written counts all the same."""
+    try:
+        return Put(num_bytes, tuple(prune()))
+    except Fenced:
+        raise
+    except StorageError as error:
+        return Put(num_bytes, refused=error.message)

@@ -176,7 +176,8 @@ def read_into(path: Path, state: State) -> None:
 def prune(folder: Path, keep: Keep) -> list[int]:
     """Delete what the retention rule lets go, and what was begun before the newest one and never finished.
 
-    Returns the steps of the committed ones deleted. Called by the run's one writer.
+    Returns the steps of the committed ones deleted. Called by the run's one writer. Raises `StorageError`, once all
+    have been tried, when one could not be deleted.
     """
     candidates, committed = [], steps(folder)
     for step in committed:
@@ -186,13 +187,18 @@ def prune(folder: Path, keep: Keep) -> list[int]:
     gone = surplus(candidates, keep)
     newest = max((c.step for c in candidates), default=0)
     unfinished = [step for step in _all_steps(folder) if step < newest and step not in committed]
+    refused = ""
     for step in [*gone, *unfinished]:
-        with contextlib.suppress(OSError):
+        try:
             _remove(path_of(folder, step))
+        except OSError as error:
+            refused = f"{error.filename or path_of(folder, step)}: {error.strerror or error}"
     for part in folder.glob(".step-*"):  # of a checkpoint that was never committed
         match = PART.match(part.name)
         if match and int(match[1]) < newest:
             shutil.rmtree(part, ignore_errors=True)
+    if refused:
+        raise StorageError(refused)
     return gone
 
 

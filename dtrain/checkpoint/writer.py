@@ -2,7 +2,8 @@
 
 It is told a step, reads the snapshot where it lies in shared memory, and answers when the checkpoint is committed:
 
-    {"step": 100, "attempt": 1, "metrics": {...}}  ->  {"written": 100, "bytes": ..., "seconds": ..., "deleted": [...]}
+    {"step": 100, "attempt": 1, "metrics": {...}}  ->  {"written": 100, "bytes": ..., "seconds": ..., "deleted": [...],
+                                                         "refused": ...}
                                                        {"failed": 100, "reason": "..."}
 
 Of a state that is sharded over nodes each writes its part, and the first node's commits when all are there.
@@ -47,8 +48,9 @@ def main(args: dict[str, Any], descriptors: Sequence[int]) -> None:
                 "data": request["data"],
                 "written_at": time.time(),
             }
-            size, deleted = shelved.put(part, pieces, facts, keep)
+            put = shelved.put(part, pieces, facts, keep)
             seconds = round(time.monotonic() - started, 3)
-            send(channel, {"written": step, "bytes": size, "seconds": seconds, "deleted": deleted})
+            said = {"written": step, "bytes": put.num_bytes, "seconds": seconds, "deleted": list(put.deleted)}
+            send(channel, {**said, "refused": put.refused})
         except StorageError as error:
             send(channel, {"failed": step, "reason": error.message})

@@ -43,7 +43,6 @@ def status(word: str | None, storage: str | None, cluster: Path | None, follows:
     """Tell the whole story of a run; -f shows it live.
 
     State and cause, attempts, checkpoints, paths."""
-    from dtrain.settings import to_builtins
     from dtrain.view import console, tables
 
     run = find(storage, cluster, word)
@@ -52,8 +51,7 @@ def status(word: str | None, storage: str | None, cluster: Path | None, follows:
         return
     sight = _sight(run)
     if as_json:
-        seen = {} if sight is None else {"cluster": to_builtins(sight)}
-        echo_json({**tables.facts(run), "checkpoints": tables.checkpoints(run), **seen})
+        echo_json({**tables.facts(run, sight), "checkpoints": tables.checkpoints(run)})
     else:
         console().print(tables.status(run, sight))
 

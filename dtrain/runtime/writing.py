@@ -52,6 +52,7 @@ class CheckpointWriter:
         """Step of the snapshot that is being written; 0 for none."""
         self.last_failure = ""
         """Why the last checkpoint was not written; empty when it was."""
+        self._is_refusal_told = False
 
     def write(self, zygote: Zygote, step: int, attempt: int, held_out: Mapping[str, float], data: str) -> None:
         """Begin to write the snapshot, which holds `step`; `data` is the fingerprint of what was trained on."""
@@ -92,8 +93,12 @@ class CheckpointWriter:
             self._fail(said["failed"], said["reason"])
         else:
             if self._is_leader:
+                refused = said.pop("refused")
                 text = f"checkpoint of step {said['written']} ({said['bytes'] / 1e6:.1f} MB in {said['seconds']:.1f} s)"
                 self._tell("checkpoint", message=text, **said)
+                if refused and not self._is_refusal_told:
+                    self._tell("not-deleted", message=f"older checkpoints stay, and take space: {refused}")
+                self._is_refusal_told = bool(refused)
             self.last_failure = ""
             self._free()
 

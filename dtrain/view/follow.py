@@ -43,6 +43,7 @@ STYLES = {
     "checkpoint": "dim",
     "checkpoint-failed": "yellow",
     "checkpoint-rejected": "yellow",
+    "not-deleted": "yellow",
     "code-changed": "yellow",
 }
 """Colours of states and of the events shown above the bar."""

@@ -39,7 +39,7 @@ def step_of(record: runs.Record, metrics: dict[str, Any]) -> int:
 
 def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
     """A run for a machine: its record, its folder, and where it stands; `sight` is what its cluster says of it."""
-    record = run.record
+    record = _as_seen(run.record, sight)
     metrics = run.latest(record)
     where = {"path": run.where, "step": step_of(record, metrics), "loss": metrics.get("loss")}
     seen = {} if sight is None else {"cluster": to_builtins(sight)}
@@ -47,7 +47,7 @@ def facts(run: runs.Run, sight: "Sight | None" = None) -> dict[str, Any]:
 
 
 def _as_seen(record: runs.Record, sight: "Sight | None") -> runs.Record:
-    """The record as people are to read it: a run without a driver recovers while its cluster says it starts another."""
+    """The record as it is to be read: a run without a driver recovers while its cluster says it starts another."""
     if sight is None or record.state != "lost" or not sight.brings_back:
         return record
     cause = sight.why or "its cluster starts another driver"

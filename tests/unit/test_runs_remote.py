@@ -27,6 +27,7 @@ from dtrain.runtime.carrier import MAX_ECHO, Carrier
 from dtrain.runtime.on_node import OnNode
 from dtrain.runtime.remote import OnHead
 from dtrain.settings import to_json
+from dtrain.sight import Sight
 from dtrain.storage import Conflict, at
 from dtrain.storage.fencing import Fenced
 from dtrain.storage.lease import Lease, standing
@@ -531,3 +532,15 @@ def test_threads_that_look_at_a_run_first_copy_to_one_folder():
                 assert len(set(pool.map(look, range(many)))) == 1
     finally:
         sys.setswitchinterval(before)
+
+
+def test_a_run_that_its_cluster_brings_back_is_not_lost_for_machines_either(place):
+    run = a_run(place)
+    run.acquire()
+    run.update(state="running", driver_pid=1)
+    run.release()
+    again = tables.facts(everybody(run), Sight(phase="recovering", why="its head starts again"))
+    assert tables.facts(everybody(run))["state"] == "lost"
+    assert (again["state"], again["cause"], again["exit_code"]) == ("recovering", "its head starts again", None)
+    assert again["cluster"]["phase"] == "recovering"
+    assert tables.facts(everybody(run), Sight(phase="ended", is_over=True))["state"] == "lost"

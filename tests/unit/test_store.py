@@ -309,7 +309,8 @@ def test_a_removal_interrupted_leaves_no_checkpoint_with_holes(tmp_path, monkeyp
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(shutil, "rmtree", fail)
-    store.prune(tmp_path, Keep(last=1, best=0))
+    with pytest.raises(StorageError, match="step-00000020: Input/output error"):
+        store.prune(tmp_path, Keep(last=1, best=0))
     monkeypatch.undo()
     assert store.steps(tmp_path) == [30]
     flip(shard(tmp_path, 30))
