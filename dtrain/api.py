@@ -294,4 +294,4 @@ def _document(given: Any, name: str) -> Node:
 def _json(given: Mapping[str, Any] | Settings) -> str:
     if isinstance(given, Settings):
         return to_json(given)
-    return json.dumps(given, default=str)
+    return json.dumps(given, default=str, ensure_ascii=False)

@@ -20,6 +20,7 @@ from dtrain.runs import Attempt
 
 JOB = {
     "name": "tiny",
+    "description": "learns to write ü and 🚀",
     "model": {"name": "transformer", "num_layers": 1, "num_heads": 2, "width": 16},
     "data": {"name": "text"},
     "batch": {"global": 8},

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-HEAVY = ("torch", "ray", "numpy", "accelerate", "deepspeed", "kubernetes")
+HEAVY = ("torch", "ray", "numpy", "accelerate", "deepspeed", "kubernetes", "pydantic")
 
 PLAN_EVERYTHING = """
 from pathlib import Path
