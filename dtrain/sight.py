@@ -4,7 +4,7 @@ from typing import Literal
 
 from dtrain.settings import Settings
 
-Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended"]
+Phase = Literal["queued", "pulling", "starting", "running", "checkpointing", "recovering", "ended", "unknown"]
 
 
 class Sight(Settings):
@@ -20,5 +20,5 @@ class Sight(Settings):
 
     @property
     def brings_back(self) -> bool:
-        """Whether the cluster is about to start a driver: a run whose own is gone is not lost yet."""
-        return self.phase in ("starting", "pulling", "recovering") and not self.is_over
+        """Whether the cluster will start a driver, once there is room: a run whose own is gone is not lost yet."""
+        return self.phase in ("queued", "starting", "pulling", "recovering") and not self.is_over

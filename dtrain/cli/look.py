@@ -150,7 +150,7 @@ def _sight(run: "Run") -> "Sight | None":
     try:
         return api.sight_of(run, run.plan)
     except ClusterError as error:
-        return Sight(phase="queued", why=f"its cluster cannot be asked: {error.message}")
+        return Sight(phase="unknown", why=f"its cluster cannot be asked: {error.message}")
 
 
 def _sights(cluster: Path | None) -> "dict[str, Sight]":

@@ -57,11 +57,12 @@ def test_many_runs_are_a_few_requests(api: ApiServer, kubeconfig: Path, tmp_path
     [
         ({"jobDeploymentStatus": "Initializing", "rayClusterName": "x"}, "recovering"),
         ({"jobDeploymentStatus": "Retrying"}, "recovering"),
+        ({"jobDeploymentStatus": "Suspended"}, "recovering"),
         ({"jobDeploymentStatus": "Running", "jobStatus": "RUNNING", "rayClusterName": "x"}, "lost"),
         ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "message": "its head is gone"}, "lost"),
         (None, "lost"),
     ],
-    ids=["starts again", "retries", "does not know", "has ended", "has nothing of it"],
+    ids=["starts again", "retries", "waits in a queue", "does not know", "has ended", "has nothing of it"],
 )
 def test_a_run_whose_head_starts_again_is_not_called_lost(
     api: ApiServer, kubeconfig: Path, tmp_path: Path, status: dict | None, state: str
@@ -80,7 +81,7 @@ def test_a_run_whose_head_starts_again_is_not_called_lost(
     assert row.split()[1] == state
     told = dtrain("status", tmp_path, kubeconfig, run.id).stdout
     assert told.splitlines()[0].split() == [run.id, state]
-    assert ("dtrain resume" in told) == ("exit code" in told) == (state == "lost")
+    assert (f"dtrain resume {run.id}" in told) == ("exit code" in told) == (state == "lost")
 
 
 @pytest.mark.parametrize("words", [(), ("--agent",), ("--rank", "0")])
