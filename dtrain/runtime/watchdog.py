@@ -9,6 +9,12 @@ SHORTEST_TIMEOUT_S = 10.0
 LONGEST_OF_SCRIPT = 5.0
 """A script is stuck when it reports nothing for this many times its longest silence between two reports."""
 PHASES = ("starting", "reading data", "forward", "backward", "updating", "snapshot", "evaluating", "ending", "script")
+IN_WORDS = {
+    "forward": "in the forward pass of",
+    "backward": "in the backward pass of",
+    "snapshot": "taking a snapshot in",
+}
+"""Behind `was killed` or `hung`; the others are read with `in`."""
 EVALUATING = PHASES.index("evaluating")
 ENDING = PHASES.index("ending")
 SCRIPT = PHASES.index("script")
@@ -28,7 +34,8 @@ class Beat:
 
     @property
     def place(self) -> str:
-        return f"{PHASES[self.phase]} in step {self.step + 1}"
+        phase = PHASES[self.phase]
+        return f"{IN_WORDS.get(phase, f'{phase} in')} step {self.step + 1}"
 
 
 def timeout(usual_s: float | None, hang_timeout_s: float, start_timeout_s: float) -> float:

@@ -34,6 +34,7 @@ def test_places_have_the_names_of_the_loop():
 
 def test_a_place_is_told_to_people_from_one():
     assert Beat(0.0, 41, 0, loop.DATA).place == "reading data in step 42"
+    assert Beat(0.0, 41, 0, loop.FORWARD).place == "in the forward pass of step 42"
 
 
 def test_the_first_step_gets_the_time_a_start_takes():
