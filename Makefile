@@ -13,8 +13,10 @@ STAMP := .venv/.installed
 run: $(STAMP)
 	$(BIN)/dtrain submit jobs/gpt_small.yaml
 
+# What starts worlds of ranks, or Ray, has every core to itself; the rest goes two at a time.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 tests/unit tests/golden tests/kubernetes
+	$(BIN)/python -m pytest tests/multiprocess tests/ray tests/gpu
 
 check: $(STAMP)
 	$(BIN)/ruff check .
