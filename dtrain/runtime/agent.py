@@ -153,7 +153,7 @@ class Agent:
         shared.sweep()
         shared.claim(self.run_folder.path, self._number)
         if isinstance(self._plan, Plan):
-            prepare(self.run_folder, self._number, self._zygote, self._selector, self.line, self._ledger)
+            prepare(self.run_folder, self._number, self._zygote, self._selector, self._turn, self.line, self._ledger)
         if self._is_leader:
             self._lead()
         else:

@@ -3,6 +3,7 @@
 import os
 import selectors
 import time
+from collections.abc import Callable
 from typing import Any
 
 from dtrain.errors import Stopped, from_kind
@@ -17,9 +18,15 @@ QUICK_S = 1.0
 
 
 def prepare(
-    run: Run, node: int, zygote: Zygote, selector: selectors.BaseSelector, line: DriverLine, ledger: Ledger
+    run: Run,
+    node: int,
+    zygote: Zygote,
+    selector: selectors.BaseSelector,
+    turn: Callable[[float], None],
+    line: DriverLine,
+    ledger: Ledger,
 ) -> None:
-    """Ready them, and hear the driver meanwhile.
+    """Ready them; `turn` reads what `selector` has for so many seconds, the driver's words among it.
 
     Raises `InputError` for data that are not as the job says, `TrainingError` for a fault, `Stopped` when asked to.
     """
@@ -37,9 +44,7 @@ def prepare(
     selector.register(ours, selectors.EVENT_READ, read)
     started, is_told = time.monotonic(), False
     while not answer:
-        for key, _ in selector.select(0.05):
-            key.data()
-        line.tell_preemption()
+        turn(0.05)
         if not is_told and time.monotonic() - started > QUICK_S:
             is_told = True
             ledger.event("prepare", "preparing the data")
